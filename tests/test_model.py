@@ -1,0 +1,296 @@
+"""The model on toy backbones: parity with transformers, and results that do not depend on the batch."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from conftest import SENTENCES, tone
+from torch.nn.utils.rnn import pad_sequence
+
+from tinyaudio import (CTCHead, InputError, Projector, TinyAudio, length_mask, load_decoder, load_encoder, loop_length)
+
+WAVES = [tone(seconds, i) for i, seconds in enumerate((2.0, 0.05, 3.31, 1.237, 0.9, 2.999))]
+
+
+def build(toys, encoder="whisper", decoder="llama", **options):
+    torch.manual_seed(0)
+    model = TinyAudio.build(toys[encoder], toys[decoder], "cpu", torch.float32, **options)
+    model.spell_with(SENTENCES)
+    with torch.no_grad():
+        model.ctc.blank.normal_(0, 0.1)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------- encoder
+
+
+@pytest.mark.parametrize("name", ["whisper", "hubert", "hubert-base", "wav2vec2", "wavlm"])
+def test_frames_do_not_depend_on_the_batch(toys, name):
+    encoder = load_encoder(toys[name], "cpu", torch.float32)
+    frames, lengths = encoder(WAVES)
+    assert frames.std() > 0.1
+    for wave, clip, length in zip(WAVES, frames, lengths.tolist()):
+        alone, (length_alone,) = encoder([wave])
+        assert length == length_alone and abs(length - 50 * len(wave) / 16_000) <= 1
+        torch.testing.assert_close(clip[:length], alone[0], atol=1e-4, rtol=0)
+        assert not clip[length:].any()
+
+
+def test_whisper_frames_equal_those_of_transformers_where_both_run(toys):
+    """At exactly 30 s there is nothing to pad, so the two must agree."""
+    encoder = load_encoder(toys["whisper"], "cpu", torch.float32)
+    reference = hf.WhisperModel.from_pretrained(toys["whisper"]).encoder.eval()
+    mel = hf.WhisperFeatureExtractor()(tone(30), sampling_rate=16_000, return_tensors="pt").input_features
+    with torch.no_grad():
+        expected = reference(mel).last_hidden_state
+    torch.testing.assert_close(encoder([tone(30)])[0], expected, atol=1e-5, rtol=0)
+
+
+def test_hubert_frames_equal_those_of_transformers(toys):
+    wave = tone(2)
+    encoder = load_encoder(toys["hubert"], "cpu", torch.float32)
+    reference = hf.HubertModel.from_pretrained(toys["hubert"]).eval()
+    values = torch.from_numpy((wave - wave.mean()) / np.sqrt(wave.var() + 1e-7))[None]
+    with torch.no_grad():
+        torch.testing.assert_close(encoder([wave])[0], reference(values).last_hidden_state, atol=1e-4, rtol=0)
+
+
+def test_a_clip_longer_than_whispers_positions_is_refused(toys):
+    with pytest.raises(InputError, match="31.0 s"):
+        load_encoder(toys["whisper"], "cpu")([tone(31)])
+
+
+def test_names_that_lead_nowhere(toys, tmp_path):
+    with pytest.raises(InputError, match="whisper-base"):
+        load_encoder("no-such-name")
+    with pytest.raises(InputError, match="embedded pair"):
+        load_encoder("facebook/hubert-xlarge-ls960-ft")  # the tests run without the Hub
+    with pytest.raises(InputError, match="not an audio encoder"):
+        load_encoder(toys["llama"])
+    with pytest.raises(InputError, match="no usable model"):
+        load_decoder(str(tmp_path))
+
+
+# -------------------------------------------------------------------------------------------------------- projector
+
+
+@pytest.mark.parametrize("decoder, hidden, millions", [
+    (hf.Qwen3Config(hidden_size=4096), 1232, 12.9), (hf.SmolLM3Config(hidden_size=2048), 1536, 13.0)])
+def test_size_of_the_trained_part(decoder, hidden, millions):
+    """HuBERT-XL (width 1280) to Qwen3-8B and to SmolLM3-3B."""
+    encoder = hf.HubertConfig(hidden_size=1280)
+    with torch.device("meta"):
+        trained = Projector(encoder.hidden_size, decoder.hidden_size), CTCHead(decoder.hidden_size)
+    assert trained[0].hidden == hidden
+    count = sum(p.numel() for part in trained for p in part.parameters() if p.requires_grad)
+    assert round(count / 1e6, 1) == millions
+    assert Projector(512, 576).hidden == 1024  # whisper-base to SmolLM2-135M
+
+
+def test_stacking_drops_no_sound():
+    projector = Projector(16, 32).eval()
+    frames = torch.randn(1, 13, 16, requires_grad=True)
+    audio, counts = projector(frames, torch.tensor([13]))
+    assert audio.shape == (1, 3, 32) and counts.tolist() == [3]
+    audio.square().sum().backward(torch.tensor(1.0))
+    weights = torch.randn(1, 3, 32)
+    frames.grad = None
+    (projector(frames, torch.tensor([13]))[0] * weights).sum().backward()
+    assert (frames.grad.abs().sum(-1) > 0).all()  # every frame, the last three too, has a say
+
+
+def test_sound_arrives_as_loud_as_words(toys):
+    model = build(toys)
+    audio, counts = model.projector(*model.encoder(WAVES[:1]))
+    rms = model.embed.weight.square().mean().sqrt()
+    torch.testing.assert_close(audio.square().mean(-1).sqrt(), rms.expand(1, counts[0]), rtol=1e-3, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------- prompt and loss
+
+
+@pytest.mark.parametrize("decoder", ["qwen3", "smollm3", "llama"])
+def test_prompt_is_the_chat_template_around_the_audio(toys, decoder):
+    model = build(toys, decoder=decoder)
+    prefix, suffix = model.prompt()
+    text = model.tokenizer.decode(prefix) + "<audio>" + model.tokenizer.decode(suffix)
+    assert text == ("<|im_start|>system\n<|im_end|>\n<|im_start|>user\nTranscribe: <audio><|im_end|>\n"
+                    "<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_prompt_of_a_template_that_knows_no_system_role(toys):
+    model = build(toys)
+    model.tokenizer.chat_template = ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+                                     "{{ strftime_now('%d %B') }}User: {{ messages[0].content }} Assistant:")
+    prefix, suffix = model.prompt()
+    assert model.tokenizer.decode(prefix) == "User: Transcribe: " and model.tokenizer.decode(suffix) == " Assistant:"
+
+
+@pytest.mark.parametrize("encoder", ["whisper", "hubert"])
+@pytest.mark.parametrize("decoder", ["qwen3", "smollm3", "llama"])
+def test_lm_loss_equals_the_loss_of_transformers(toys, encoder, decoder):
+    """Ours skips the logits that no label needs and the attention mask; theirs computes everything."""
+    model = build(toys, encoder, decoder)
+    frames, lengths = model.encoder(WAVES)
+    answers = [model.tokenize(SENTENCES[i % 4]) for i in range(len(WAVES))]
+    total, parts = model.loss(frames, lengths, answers, ctc_weight=0)
+    assert set(parts) == {"lm"} and total.item() == parts["lm"].item()
+
+    audio, counts = model.projector(frames, lengths)
+    expected = 0.0
+    for clip, count, answer in zip(audio, counts, answers):
+        prefix, suffix = model.prompt()
+        ids = answer + [model.tokenizer.eos_token_id]
+        embeddings = torch.cat([model.embed(torch.tensor(prefix)), clip[:count], model.embed(torch.tensor(suffix + ids))])
+        labels = torch.tensor([-100] * (len(prefix) + int(count) + len(suffix)) + ids)
+        expected += model.decoder(inputs_embeds=embeddings[None], labels=labels[None]).loss.item() * len(ids)
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_losses_do_not_depend_on_the_batch(toys):
+    model = build(toys)
+    answers = [model.tokenize(SENTENCES[i % 4]) for i in range(len(WAVES))]
+    _, together = model.loss(*model.encoder(WAVES), answers)
+    alone = [model.loss(*model.encoder([wave]), [answer])[1] for wave, answer in zip(WAVES, answers)]
+    assert together["lm"].item() == pytest.approx(sum(part["lm"].item() for part in alone), rel=1e-4)
+    assert together["ctc"].item() == pytest.approx(sum(part["ctc"].item() for part in alone), rel=1e-4)
+
+
+def test_ctc_loss_sums_over_all_alignments(toys):
+    """Against every path of three frames that spells the two tokens, counted one by one."""
+    model = build(toys)
+    audio = torch.randn(1, 3, 32) * 0.3
+    answer = model.tokenize("turn on")[:2]
+    assert len(answer) == 2
+    p = model.ctc(audio, model.embed.weight).softmax(-1)[0]
+    classes = [model.ctc.tokens.tolist().index(token) + 1 for token in answer]
+    paths = [path for path in np.ndindex(3, 3, 3)
+             if [x for i, x in enumerate(path) if x and (i == 0 or path[i - 1] != x)] == [1, 2]]
+    probability = sum(torch.stack([p[i, [0, *classes][x]] for i, x in enumerate(path)]).prod() for path in paths)
+    assert model.ctc_loss(audio, torch.tensor([3]), [answer]).item() == pytest.approx(-probability.log().item(), rel=1e-4)
+
+
+def test_phase_1_never_runs_the_decoder_and_only_the_bridge_learns(toys, monkeypatch):
+    model = build(toys).train()
+    answers = [model.tokenize(SENTENCES[0])] * 2
+    frames, lengths = model.encoder(WAVES[::2][:2])
+    with monkeypatch.context() as patch:
+        patch.setattr(model.decoder.base_model, "forward", None)
+        model.loss(frames, lengths, answers, ctc_weight=1)[0].backward()
+    model.loss(frames, lengths, answers, ctc_weight=0.1)[0].backward()
+    learning = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert learning == {name for name, p in model.named_parameters() if name.startswith(("projector.", "ctc."))}
+    assert not model.decoder.training and not model.encoder.training and model.projector.training
+
+
+def test_masking_and_dropout_only_while_training(toys):
+    model = build(toys)
+    model.projector.mask, model.projector.dropout = 0.5, 0.5
+    frames, lengths = model.encoder(WAVES[:1])
+    assert torch.equal(model.projector(frames, lengths)[0], model.projector(frames, lengths)[0])
+    model.train()
+    assert not torch.equal(model.projector(frames, lengths)[0], model.projector(frames, lengths)[0])
+
+
+# --------------------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("decoder", ["qwen3", "smollm3", "llama"])
+def test_greedy_decoding_equals_that_of_transformers_in_any_batch(toys, decoder):
+    model = build(toys, decoder=decoder)
+    audio, counts = model.projector(*model.encoder(WAVES))
+    together = model.generate(audio, counts)
+    assert len({tuple(answer) for answer in together}) > 1
+    for i, (clip, count) in enumerate(zip(audio, counts)):
+        prompt = model.embed_prompt(audio[i:i + 1], counts[i:i + 1])[0]
+        limit = int(6.5 * count * 0.1 + 10)
+        expected = model.decoder.generate(inputs_embeds=prompt[None], attention_mask=torch.ones(1, len(prompt)),
+                                          max_new_tokens=limit, do_sample=False)[0].tolist()
+        if 2 in expected:
+            expected = expected[:expected.index(2)]
+        for end in range(1, len(expected) + 1):  # transformers lets loops run
+            if surplus := loop_length(expected[:end]):
+                expected = expected[:end - surplus]
+                break
+        assert together[i] == expected
+        assert model.generate(clip[None, :count], counts[i:i + 1]) == [expected]
+
+
+def test_greedy_ctc_collapses_repeats_and_blanks(toys, monkeypatch):
+    model = build(toys)
+    path = torch.tensor([[0, 3, 3, 0, 3, 5, 5, 0, 7]])
+    monkeypatch.setattr(model.ctc, "forward", lambda audio, embeddings: torch.nn.functional.one_hot(path, 20).float())
+    tokens = model.ctc.tokens.tolist()
+    assert model.spell(torch.zeros(1, 9, 32), torch.tensor([9])) == [[tokens[2], tokens[2], tokens[4], tokens[6]]]
+    assert model.spell(torch.zeros(1, 9, 32), torch.tensor([6])) == [[tokens[2], tokens[2], tokens[4]]]
+
+
+def test_loops_are_found_and_cut():
+    assert loop_length([1, 2, 3, 4] + [5, 6, 7] * 4) == 9
+    assert loop_length([1, 2] + [9] * 8) == 7
+    assert loop_length([9] * 7) == 0  # "no no no no no no no" has been said
+    assert loop_length([5, 6, 7] * 3) == 0
+    assert loop_length(list(range(50))) == 0
+
+
+def test_transcribe_takes_one_or_many_of_any_length(toys):
+    model = build(toys)
+    texts = model.transcribe(WAVES)
+    assert [model.transcribe(wave) for wave in WAVES] == texts
+    assert model.transcribe(WAVES, decode="ctc") != texts
+    assert model.transcribe([]) == []
+    assert isinstance(model.transcribe(tone(40)), str)  # longer than Whisper's positions
+
+
+# ----------------------------------------------------------------------------------------------------- save and load
+
+
+def test_save_and_load_the_trained_part_only(toys, tmp_path):
+    model = build(toys)
+    model.decode = "ctc"
+    with torch.no_grad():
+        for tensor in model.trained().values():
+            if tensor.ndim == 2:
+                tensor.copy_(tensor.bfloat16())  # what a file can hold
+    model.save(tmp_path / "a")
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["config.json", "projector.safetensors"]
+    assert (tmp_path / "a" / "projector.safetensors").stat().st_size < 2 * sum(t.numel() for t in model.trained().values()) + 9000
+    loaded = TinyAudio.load(tmp_path / "a", "cpu", torch.float32)
+    for name, tensor in model.trained().items():
+        torch.testing.assert_close(loaded.trained()[name], tensor, rtol=0, atol=0)
+    assert loaded.decode == "ctc" and loaded.transcribe(WAVES) == model.transcribe(WAVES)
+
+
+def test_checkpoints_that_cannot_be_used(toys, tmp_path):
+    build(toys).save(tmp_path / "a")
+    weights, config = tmp_path / "a" / "projector.safetensors", tmp_path / "a" / "config.json"
+    good_weights, good_config = weights.read_bytes(), json.loads(config.read_text())
+
+    def message():
+        with pytest.raises(InputError) as error:
+            TinyAudio.load(tmp_path / "a")
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    weights.write_bytes(good_weights[:1000])
+    assert "projector.safetensors" in message()
+    weights.unlink()
+    assert "projector.safetensors" in message()
+    weights.write_bytes(good_weights)
+    config.write_text(json.dumps({**good_config, "hidden": 48}))
+    assert "projector.safetensors" in message()  # shapes do not fit
+    config.write_text(json.dumps({**good_config, "surprise": 1}))
+    assert "surprise" in message()
+    config.write_text(json.dumps({**good_config, "stack": "five"}))
+    assert "stack must be a int" in message()
+    config.write_text("{")
+    assert "config.json" in message()
+    with pytest.raises(InputError, match="no/such-model"):
+        TinyAudio.load("no/such-model")
+
+
+def test_length_mask():
+    assert length_mask(torch.tensor([0, 2]), 3).tolist() == [[False] * 3, [True, True, False]]
+    assert pad_sequence([torch.ones(2), torch.ones(1)], batch_first=True, padding_side="left").tolist() == [[1, 1], [0, 1]]

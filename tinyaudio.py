@@ -1,0 +1,646 @@
+"""Tiny Audio: speech recognition from two frozen pretrained models and one small trained bridge.
+
+    waveform -> encoder (frozen) -> stack 5 frames -> projector (trained) -> language model (frozen) -> text
+
+    from tinyaudio import TinyAudio
+    model = TinyAudio.load("assets/default")
+    print(model.transcribe("file.wav"))
+
+The file is laid out in the order in which the sound travels:
+names, audio, encoder, projector, CTC head, TinyAudio (prompt, loss, generate, save, load), data.
+
+Letters in shapes: B clips, T encoder frames (50 a second), N stacked frames (10 a second), D the encoder's width,
+d the decoder's width, V tokens that the CTC head spells with.
+"""
+
+import csv
+import glob
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoTokenizer, logging
+
+import offline
+from offline import InputError
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+# ------------------------------------------------------------------------------------------------------------ names
+
+ENCODERS = {
+    "hubert": "facebook/hubert-xlarge-ls960-ft",
+    "whisper": "openai/whisper-large-v3-turbo",
+    "whisper-base": "embedded",
+}
+DECODERS = {
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
+    "smollm2-135m": "embedded",
+}
+
+
+def locate(name, names):
+    """Local folder or hub id of a backbone given by short name, hub id or folder."""
+    if names.get(name) == "embedded":
+        return str(offline.folder(name))
+    if name in names or Path(name).is_dir():
+        return names.get(name, name)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise InputError(f"{name} is no model: use one of {', '.join(names)}, a hub id (owner/name) or a local folder")
+    return name
+
+
+def from_hub(load, source, **options):
+    """`load(source, **options)`, with the many ways in which a download fails told in one line."""
+    try:
+        return load(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        if Path(source).is_dir():
+            raise InputError(f"{source} holds no usable model: {first_line(error)}") from None
+        raise InputError(f"cannot get {source} from the Hugging Face Hub; without a network use the embedded pair, "
+                         f"--encoder whisper-base --decoder smollm2-135m ({first_line(error)})") from None
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def default_device():
+    """The best device of this machine."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def default_dtype(device):
+    """bfloat16 for the frozen parts, or float32 on a CPU that has no bfloat16 arithmetic (there it is 8x slower)."""
+    if torch.device(device).type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        return torch.float32
+    return torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------------------ audio
+
+SAMPLE_RATE = 16_000
+
+
+def load_audio(source, sample_rate=SAMPLE_RATE):
+    """Decode, mix down and resample one clip.
+
+    Parameters
+    ----------
+    source : path, bytes, file object (wav, flac, mp3, ogg/opus, ...) or array of samples in [-1, 1]
+        An array has shape (samples,) or (samples, channels).
+    sample_rate : int
+        The rate of an array, in Hz; files carry their own.
+
+    Returns
+    -------
+    float32 array, shape (samples,), mono, 16 kHz
+
+    Raises InputError if the source is missing, empty, not audio, or holds samples that are not numbers.
+    """
+    name = source if isinstance(source, (str, Path)) else getattr(source, "name", "audio")
+    try:
+        if isinstance(source, bytes):
+            source = io.BytesIO(source)
+        if isinstance(source, (str, Path)) or hasattr(source, "read"):
+            samples, sample_rate = soundfile.read(source, dtype="float32")
+        else:
+            samples = np.asarray(source, dtype=np.float32)
+    except soundfile.LibsndfileError as error:
+        if isinstance(source, (str, Path)) and not Path(source).is_file():
+            raise InputError(f"{name}: no such file") from None
+        raise InputError(f"{name}: not audio that can be read ({error.error_string.strip().rstrip('.')})") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{name}: {first_line(error)}") from None
+    if samples.ndim == 2:
+        samples = samples.mean(axis=1)
+    if samples.size == 0:
+        raise InputError(f"{name}: no sound in it (0 samples)")
+    if not np.isfinite(samples).all():
+        raise InputError(f"{name}: holds samples that are not numbers (NaN or infinity)")
+    if sample_rate != SAMPLE_RATE:
+        samples = soxr.resample(samples, sample_rate, SAMPLE_RATE)
+    return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def split_audio(wave, shortest=15.0, longest=28.0):
+    """Cut a long wave (samples,) into pieces of at most `longest` seconds, each at the quietest 0.1 s in reach."""
+    pieces, window = [], SAMPLE_RATE // 10
+    while len(wave) > longest * SAMPLE_RATE:
+        reach = wave[int(shortest * SAMPLE_RATE):int(longest * SAMPLE_RATE)]
+        loudness = np.square(reach[:len(reach) // window * window]).reshape(-1, window).mean(axis=1)
+        cut = int(shortest * SAMPLE_RATE) + int(loudness.argmin()) * window + window // 2
+        pieces.append(wave[:cut])
+        wave = wave[cut:]
+    return pieces + [wave]
+
+
+# ---------------------------------------------------------------------------------------------------------- encoder
+
+
+class Encoder(nn.Module):
+    """A frozen audio encoder, run at the true length of each clip.
+
+    What a clip sounds like to the model never depends on the other clips in its batch: there is no 30 s padding, and
+    the padding up to the batch's longest clip is masked wherever it could be heard.
+    """
+
+    frame_rate = 50  # frames a second, of every supported family
+
+    def __init__(self, model, extractor):
+        super().__init__()
+        self.model, self.extractor = model.eval().requires_grad_(False), extractor
+        self.is_whisper = model.config.model_type == "whisper"
+        self.dim = model.config.d_model if self.is_whisper else model.config.hidden_size
+        self.max_seconds = model.config.max_source_positions / self.frame_rate if self.is_whisper else math.inf
+        # Group norm takes its statistics over the whole padded length, so such models hear one clip at a time.
+        self.one_by_one = getattr(model.config, "feat_extract_norm", "") == "group"
+
+    @torch.no_grad()
+    def forward(self, waves):
+        """Parameters: waves, a list of B arrays (samples,). Returns frames (B, T, D), zero past each clip's length, and
+        lengths (B,). Raises InputError for a clip that is longer than the encoder's positions (Whisper: 30 s)."""
+        shortest = 400  # samples; one window, below which there is no frame
+        waves = [np.pad(wave, (0, max(0, shortest - len(wave)))) for wave in waves]
+        longest = max(map(len, waves)) / SAMPLE_RATE
+        if longest > self.max_seconds:
+            raise InputError(f"a clip of {longest:.1f} s is longer than the encoder hears ({self.max_seconds:.0f} s)")
+        if self.one_by_one:
+            frames = pad_sequence([self.wav2vec2_frames([wave])[0][0] for wave in waves], batch_first=True)
+            lengths = self.model._get_feat_extract_output_lengths(torch.tensor([len(wave) for wave in waves]))
+            return frames, lengths.to(frames.device)
+        frames, lengths = self.whisper_frames(waves) if self.is_whisper else self.wav2vec2_frames(waves)
+        return frames * length_mask(lengths, frames.shape[1])[..., None], lengths
+
+    def whisper_frames(self, waves):
+        """`WhisperEncoder.forward`, which insists on 30 s, taken apart (Radford et al. 2022)."""
+        model = self.model
+        mels = [self.extractor(wave, sampling_rate=SAMPLE_RATE, padding="do_not_pad", return_tensors="pt")
+                .input_features[0].T for wave in waves]
+        mel_lengths = torch.tensor([len(mel) for mel in mels], device=model.device)
+        mel = pad_sequence(mels, batch_first=True).to(model.device, model.dtype)
+        x = F.gelu(model.conv1(mel.transpose(1, 2)))
+        # The second convolution looks one frame past the end, where a clip by itself would have zeros.
+        x = x * length_mask(mel_lengths, x.shape[2])[:, None]
+        x = F.gelu(model.conv2(x)).transpose(1, 2)
+        x = x + model.embed_positions.weight[:x.shape[1]]
+        lengths = (mel_lengths + 1) // 2
+        mask = torch.zeros(len(waves), 1, 1, x.shape[1], dtype=x.dtype, device=x.device)
+        mask = mask.masked_fill(~length_mask(lengths, x.shape[1])[:, None, None], torch.finfo(x.dtype).min)
+        mask = mask.expand(-1, -1, x.shape[1], -1) if (lengths < x.shape[1]).any() else None
+        for layer in model.layers:
+            x = layer(x, mask)
+        return model.layer_norm(x), lengths
+
+    def wav2vec2_frames(self, waves):
+        """HuBERT, wav2vec 2.0 and WavLM, which take raw samples and an attention mask."""
+        waves = [torch.from_numpy(self.extractor(wave, sampling_rate=SAMPLE_RATE).input_values[0]) for wave in waves]
+        samples = torch.tensor([len(wave) for wave in waves], device=self.model.device)
+        x = pad_sequence(waves, batch_first=True).to(self.model.device, self.model.dtype)
+        mask = length_mask(samples, x.shape[1]) if len(waves) > 1 else None
+        return (self.model(x, attention_mask=mask).last_hidden_state,
+                self.model._get_feat_extract_output_lengths(samples))
+
+
+def length_mask(lengths, size):
+    """lengths (B,) -> bool mask (B, size), true before each length."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def load_encoder(name, device=None, dtype=None):
+    """An `Encoder` by short name, hub id or local folder of a Whisper, HuBERT, wav2vec 2.0 or WavLM model."""
+    device = torch.device(device or default_device())
+    source = locate(name, ENCODERS)
+    kind = from_hub(AutoConfig.from_pretrained, source).model_type
+    options = {"dtype": dtype or default_dtype(device)}
+    if kind == "whisper":
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder as model_class
+        options["key_mapping"] = {r"^(model\.)?encoder\.": ""}  # a whole Whisper has its encoder under this prefix
+    elif kind in ("hubert", "wav2vec2", "wavlm"):
+        model_class = AutoModel
+    else:
+        raise InputError(f"{name} is a {kind} model, not an audio encoder (whisper, hubert, wav2vec2, wavlm)")
+    model = from_hub(model_class.from_pretrained, source, **options)
+    return Encoder(model, from_hub(AutoFeatureExtractor.from_pretrained, source)).to(device)
+
+
+def load_decoder(name, device=None, dtype=None):
+    """A frozen causal language model and its tokenizer, by short name, hub id or local folder."""
+    device = torch.device(device or default_device())
+    source = locate(name, DECODERS)
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, source)
+    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+        raise InputError(f"{name} has no chat template or no end token: use an instruction-tuned model")
+    decoder = from_hub(AutoModelForCausalLM.from_pretrained, source, dtype=dtype or default_dtype(device))
+    return decoder.eval().requires_grad_(False).to(device), tokenizer
+
+
+# -------------------------------------------------------------------------------------------------------- projector
+
+
+class Projector(nn.Module):
+    """The trained bridge: stack k frames -> RMSNorm -> Linear -> GELU -> Linear -> RMSNorm.
+
+    Parameters
+    ----------
+    encoder_dim, decoder_dim : int
+        D and d.
+    loudness : float
+        RMS of the decoder's embedding table. The last norm starts there, so that sound arrives as loud as words.
+    stack : int
+        k: 50 frames a second become 50 / k.
+    hidden : int, optional
+        Hidden width; by default what makes 13M parameters, and at most twice the encoder's width.
+    """
+
+    def __init__(self, encoder_dim, decoder_dim, loudness=1.0, stack=5, hidden=None):
+        super().__init__()
+        self.stack = stack
+        self.hidden = hidden or min(2 * encoder_dim, 13_000_000 // (stack * encoder_dim + decoder_dim)) // 16 * 16
+        self.norm_in = nn.RMSNorm(stack * encoder_dim, eps=1e-6)
+        self.linear_in = nn.Linear(stack * encoder_dim, self.hidden, bias=False)
+        self.linear_out = nn.Linear(self.hidden, decoder_dim, bias=False)
+        self.norm_out = nn.RMSNorm(decoder_dim, eps=1e-6)
+        nn.init.constant_(self.norm_out.weight, loudness)
+        self.mask, self.dropout = 0.0, 0.0  # shares of stacked frames and of hidden units dropped while training
+
+    def forward(self, frames, lengths):
+        """frames (B, T, D), zero past lengths (B,) -> audio (B, N, d), counts (B,) with N = ceil(T / k)."""
+        frames = F.pad(frames.float(), (0, 0, 0, -frames.shape[1] % self.stack))  # fill up the last stack, drop nothing
+        x = frames.reshape(len(frames), -1, self.stack * frames.shape[2])
+        if self.training and self.mask:
+            x = x * (torch.rand(x.shape[:2], device=x.device) >= self.mask)[..., None]
+        x = F.gelu(self.linear_in(self.norm_in(x)))
+        x = F.dropout(x, self.dropout, self.training)
+        return self.norm_out(self.linear_out(x).float()), (lengths + self.stack - 1) // self.stack
+
+
+class CTCHead(nn.Module):
+    """Spelling with the decoder's own words: the logits of a frame are its products with the decoder's embeddings.
+
+    Trained parameters: a blank vector, its bias, and a temperature. Connectionist temporal classification is
+    Graves et al. 2006; token ids are those of the decoder, and class 0 is the blank.
+    """
+
+    def __init__(self, decoder_dim, loudness=1.0, tokens=()):
+        super().__init__()
+        self.blank = nn.Parameter(torch.zeros(decoder_dim))
+        self.bias = nn.Parameter(torch.zeros(()))
+        # A frame that equals a token's embedding scores about 10 to begin with.
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(10 / (decoder_dim * loudness**2))))
+        self.register_buffer("tokens", torch.as_tensor(tokens, dtype=torch.int32))
+
+    def forward(self, audio, embeddings):
+        """audio (B, N, d), embeddings (vocabulary, d) -> logits (B, N, 1 + V), float32."""
+        z = audio * self.log_temperature.exp()
+        words = z.to(embeddings.dtype) @ embeddings[self.tokens].T
+        return torch.cat([(z @ self.blank + self.bias)[..., None], words.float()], dim=-1)
+
+
+# -------------------------------------------------------------------------------------------------------- TinyAudio
+
+TASKS = {"transcribe": "Transcribe: <audio>"}
+
+
+class TinyAudio(nn.Module):
+    """Encoder, projector, CTC head and decoder. Only the projector and the CTC head have gradients.
+
+    `TinyAudio.build` makes an untrained one, `TinyAudio.load` a trained one.
+    """
+
+    def __init__(self, encoder, decoder, tokenizer, stack=5, hidden=None, tokens=(), names=None, decode="greedy"):
+        super().__init__()
+        self.encoder, self.decoder, self.tokenizer = encoder, decoder, tokenizer
+        self.names, self.decode = names, decode
+        self.embed = decoder.get_input_embeddings()
+        loudness = self.embed.weight.float().square().mean().sqrt().item()
+        self.projector = Projector(encoder.dim, self.embed.weight.shape[1], loudness, stack, hidden)
+        self.ctc = CTCHead(self.embed.weight.shape[1], loudness, tokens)
+        self.projector.to(self.device), self.ctc.to(self.device)
+
+    @classmethod
+    def build(cls, encoder, decoder, device=None, dtype=None, **options):
+        """An untrained model from the names of its backbones."""
+        names = {"encoder": encoder, "decoder": decoder}
+        return cls(load_encoder(encoder, device, dtype), *load_decoder(decoder, device, dtype), names=names, **options)
+
+    @property
+    def device(self):
+        return self.embed.weight.device
+
+    def train(self, mode=True):
+        """Only the trained part ever leaves eval mode."""
+        self.projector.train(mode), self.ctc.train(mode)
+        return self
+
+    def trained(self):
+        """name -> tensor of all that is trained, and the list of tokens that the CTC head spells with."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(("projector.", "ctc."))}
+
+    def prompt(self, task="transcribe"):
+        """Token ids before and after the audio, from the tokenizer's own chat template."""
+        messages = [{"role": "system", "content": ""}, {"role": "user", "content": TASKS[task]}]
+        # Some templates print today's date; the prompt must not change from day to day.
+        template = re.sub(r"strftime_now\([^()]*\)", "''", self.tokenizer.get_chat_template())
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False, "chat_template": template}
+        try:  # with an empty system message, for which some templates would put a long one of their own
+            text = self.tokenizer.apply_chat_template(messages, **options)
+        except Exception:  # each template raises what it likes at a role that it does not know
+            text = self.tokenizer.apply_chat_template(messages[1:], **options)
+        return [self.tokenizer(part, add_special_tokens=False).input_ids for part in text.split("<audio>")]
+
+    def tokenize(self, text):
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def detokenize(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+    def spell_with(self, texts):
+        """Choose the tokens of the CTC head: those of the texts, and every single character with and without a space,
+        so that any other word can be spelled."""
+        characters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'.,?!-"
+        pieces = [self.tokenize(space + character) for character in characters for space in ("", " ")]
+        tokens = {piece[0] for piece in pieces if len(piece) == 1}.union(*map(self.tokenize, texts))
+        tokens |= set(self.ctc.tokens.tolist())
+        self.ctc.tokens = torch.tensor(sorted(tokens), dtype=torch.int32, device=self.device)
+
+    # ------------------------------------------------------------------------------------------------------- loss
+
+    def loss(self, frames, lengths, answers, ctc_weight=0.1):
+        """Losses of a batch, summed over the tokens of its answers.
+
+        Parameters
+        ----------
+        frames (B, T, D), lengths (B,) : of the encoder
+        answers : B lists of token ids, without the end token
+        ctc_weight : 1 is phase 1, spelling, in which the decoder is never run; below 1, the decoder's cross-entropy is
+            added to that share of the CTC loss; 0 leaves CTC out
+
+        Returns the sum to minimise and its parts, a dict of detached sums.
+        """
+        audio, counts = self.projector(frames, lengths)
+        parts = {}
+        if ctc_weight:
+            parts["ctc"] = self.ctc_loss(audio, counts, answers)
+        if ctc_weight < 1:
+            parts["lm"] = self.lm_loss(audio, counts, answers)
+        total = sum(loss * (ctc_weight if name == "ctc" else 1) for name, loss in parts.items())
+        return total, {name: loss.detach() for name, loss in parts.items()}
+
+    def ctc_loss(self, audio, counts, answers):
+        """Summed CTC loss; an answer that has more tokens than the clip has frames counts as zero."""
+        logits = self.ctc(audio, self.embed.weight)
+        flat = torch.tensor(sum(answers, []), dtype=torch.int32, device=self.device)
+        classes = torch.searchsorted(self.ctc.tokens, flat) + 1
+        sizes = torch.tensor([len(answer) for answer in answers], device=self.device)
+        return F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), classes, counts, sizes,
+                          reduction="sum", zero_infinity=True)
+
+    def lm_loss(self, audio, counts, answers):
+        """Summed cross-entropy of the answers and their end token, given the audio."""
+        end = self.tokenizer.eos_token_id
+        prompts = self.embed_prompt(audio, counts)
+        rows = [torch.cat([prompt, self.embed(torch.tensor(answer, dtype=torch.long, device=self.device))])
+                for prompt, answer in zip(prompts, answers)]
+        # Padding stands on the right, where causal attention never looks: no mask is needed.
+        hidden = self.decoder.base_model(inputs_embeds=pad_sequence(rows, batch_first=True), use_cache=False)
+        hidden = hidden.last_hidden_state
+        # The vocabulary is the most expensive layer; only the positions that predict an answer go through it.
+        hidden = torch.cat([row[len(prompt) - 1:len(prompt) + len(answer)]
+                            for row, prompt, answer in zip(hidden, prompts, answers)])
+        targets = torch.tensor(sum((answer + [end] for answer in answers), []), device=self.device)
+        return F.cross_entropy(self.decoder.get_output_embeddings()(hidden).float(), targets, reduction="sum")
+
+    def embed_prompt(self, audio, counts, task="transcribe"):
+        """List of B tensors (prefix + count + suffix, d), in the decoder's dtype: what stands before the answer."""
+        prefix, suffix = (self.embed(torch.tensor(ids, dtype=torch.long, device=self.device)) for ids in self.prompt(task))
+        return [torch.cat([prefix, clip[:count].to(prefix.dtype), suffix]) for clip, count in zip(audio, counts)]
+
+    # --------------------------------------------------------------------------------------------------- generate
+
+    @torch.no_grad()
+    def spell(self, audio, counts):
+        """Greedy CTC: audio (B, N, d), counts (B,) -> B lists of token ids. The decoder is not run."""
+        best = self.ctc(audio, self.embed.weight).argmax(-1)
+        paths = [torch.unique_consecutive(path[:count]) for path, count in zip(best, counts)]
+        return [self.ctc.tokens[path[path > 0] - 1].tolist() for path in paths]
+
+    @torch.no_grad()
+    def generate(self, audio, counts, task="transcribe"):
+        """Greedy decoding with a KV cache: audio (B, N, d), counts (B,) -> B lists of token ids without the end token.
+
+        A clip gets at most 6.5 tokens a second and a few more; one that runs in a loop is stopped.
+        """
+        prompts = self.embed_prompt(audio, counts, task)
+        seconds = counts * self.projector.stack / self.encoder.frame_rate
+        limits = (6.5 * seconds + 10).long().tolist()
+        # Padding on the left, so that the last position of every row is where its next token goes.
+        x = pad_sequence(prompts, batch_first=True, padding_side="left")
+        mask = length_mask(torch.tensor([len(prompt) for prompt in prompts], device=self.device), x.shape[1]).flip(1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        step = {"inputs_embeds": x, "position_ids": positions}
+        answers, running, cache = [[] for _ in prompts], set(range(len(prompts))), None
+        while running:
+            out = self.decoder.base_model(**step, attention_mask=mask, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            best = self.decoder.get_output_embeddings()(out.last_hidden_state[:, -1]).argmax(-1)
+            for row, token in enumerate(best.tolist()):
+                if row in running and token != self.tokenizer.eos_token_id:
+                    answers[row].append(token)
+                    surplus = loop_length(answers[row])
+                    if surplus:
+                        del answers[row][-surplus:]
+                if row in running and (token == self.tokenizer.eos_token_id or surplus or len(answers[row]) >= limits[row]):
+                    running.remove(row)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+            step = {"input_ids": best[:, None], "position_ids": positions}
+        return answers
+
+    @torch.no_grad()
+    def transcribe(self, source, decode=None, batch_seconds=120):
+        """Text of one clip, or a list of texts for a list of clips (whatever `load_audio` takes, of any length).
+
+        decode is "greedy", through the language model, or "ctc", what the projector spells; by default the one that
+        had the lower WER when the checkpoint was trained.
+        """
+        decoder = {"greedy": self.generate, "ctc": self.spell}[decode or self.decode]
+        many = isinstance(source, (list, tuple))
+        waves = [load_audio(clip) for clip in (source if many else [source])]
+        pieces = [(owner, piece) for owner, wave in enumerate(waves) for piece in split_audio(wave)]
+        texts = [None] * len(pieces)
+        for batch in make_batches([len(piece) / SAMPLE_RATE for _, piece in pieces], batch_seconds):
+            audio, counts = self.projector(*self.encoder([pieces[i][1] for i in batch]))
+            for i, answer in zip(batch, decoder(audio, counts)):
+                texts[i] = self.detokenize(answer)
+        joined = [" ".join(filter(None, (text for (owner, _), text in zip(pieces, texts) if owner == clip)))
+                  for clip in range(len(waves))]
+        return joined if many else joined[0]
+
+    # ----------------------------------------------------------------------------------------------- save and load
+
+    def save(self, path):
+        """Write the trained part: `projector.safetensors` (matrices in bfloat16) and `config.json`, a few MB."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        config = {**self.names, "stack": self.projector.stack, "hidden": self.projector.hidden,
+                  "decode": self.decode}
+        tensors = {name: tensor.bfloat16() if tensor.ndim == 2 else tensor for name, tensor in self.trained().items()}
+        write_whole(path / "projector.safetensors", lambda file: save_file(tensors, file))
+        write_whole(path / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
+
+    @classmethod
+    def load(cls, path, device=None, dtype=None):
+        """A trained model from a folder that `save` wrote, or from a hub id that holds one."""
+        folder = Path(path)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+            folder = Path(from_hub(snapshot_download, locate(str(path), {}),
+                                   allow_patterns=["projector.safetensors", "config.json"]))
+        config = read_config(folder / "config.json")
+        model = cls.build(config.pop("encoder"), config.pop("decoder"), device, dtype, **config)
+        model.load_trained(folder)
+        return model.eval()
+
+    def load_trained(self, folder):
+        """Take over the trained tensors of a checkpoint folder, e.g. to train them further on other data."""
+        from safetensors.torch import load_file
+
+        file = Path(folder) / "projector.safetensors"
+        try:
+            tensors = load_file(file)
+            self.ctc.tokens = tensors["ctc.tokens"].to(self.device)
+            missing = self.load_state_dict(tensors, strict=False).missing_keys
+            if set(missing) & self.trained().keys():
+                raise KeyError(f"lacks {', '.join(sorted(set(missing) & self.trained().keys()))}")
+        except Exception as error:
+            raise InputError(f"{file} is no checkpoint of this model: {first_line(error)}") from None
+
+
+CONFIG_KEYS = {"encoder": str, "decoder": str, "stack": int, "hidden": int, "decode": str}
+
+
+def read_config(file):
+    """The checked contents of a checkpoint's `config.json`."""
+    try:
+        config = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is no checkpoint's config: {first_line(error)}") from None
+    if not isinstance(config, dict) or set(config) != set(CONFIG_KEYS):
+        raise InputError(f"{file}: the keys must be {', '.join(CONFIG_KEYS)}, and are {', '.join(config)}")
+    for key, kind in CONFIG_KEYS.items():
+        if not isinstance(config[key], kind):
+            raise InputError(f"{file}: {key} must be a {kind.__name__}, and is {config[key]!r}")
+    return config
+
+
+def write_whole(path, write):
+    """Write a file under a temporary name and rename it, so that it is there whole or not at all."""
+    unfinished = Path(f"{path}.unfinished")
+    write(unfinished)
+    unfinished.replace(path)
+
+
+def loop_length(ids):
+    """How many tokens at the end of `ids` only repeat what stands before them, if that is a loop (else 0): the same
+    1 to 12 tokens four times over and at least eight tokens long."""
+    for size in range(1, 13):
+        times = max(4, math.ceil(8 / size))
+        if ids[-times * size:] == ids[-size:] * times:
+            return (times - 1) * size
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+TAGS = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}  # as GigaSpeech writes them
+
+
+def clean_text(text):
+    """Reference text as it is trained on: ALL CAPS lower-cased, tags turned into punctuation or dropped."""
+    for tag, mark in TAGS.items():
+        text = text.replace(f" {tag}", mark).replace(tag, mark)
+    text = re.sub(r"<[^<>]*>|\[[^\[\]]*\]", " ", text)  # <inaudible>, [noise]
+    text = " ".join(text.split())
+    return text.lower() if text.isupper() else text
+
+
+def read_clips(pattern):
+    """Clips of .jsonl, .csv, .tsv (columns audio, text), .parquet (an audio column with bytes or path) or a folder.
+
+    Parameters: pattern, a path, glob or comma-separated list of them. Relative audio paths start at the file's folder;
+    in a folder each audio file has its text beside it, in a .txt of the same name.
+    Returns a list of dicts: name, audio (path or bytes), text (cleaned), and all other columns as they are.
+    Raises InputError for a file that is missing, of another kind, or without these columns.
+    """
+    clips = []
+    for part in pattern.split(","):
+        files = sorted(glob.glob(part, recursive=True)) or [part]
+        for file in map(Path, files):
+            for number, row in enumerate(read_rows(file), 1):
+                if not isinstance(row, dict) or not {"audio", "text"} <= row.keys():
+                    raise InputError(f"{file}: row {number} has no column audio or no column text")
+                audio = row["audio"]
+                if isinstance(audio, dict):  # as Hugging Face datasets keep audio: its bytes, or where they are
+                    audio = audio.get("bytes") or audio.get("path")
+                if isinstance(audio, str):
+                    audio = str(file.parent / audio)
+                name = audio if isinstance(audio, str) else f"{file}#{number}"
+                clips.append({**row, "name": name, "audio": audio, "text": clean_text(row["text"] or "")})
+    return clips
+
+
+def read_rows(file):
+    """The rows of one data file, as dicts."""
+    try:
+        if file.is_dir():
+            texts = sorted(file.rglob("*.txt"))
+            return [{"audio": str(audio.relative_to(file.parent)), "text": text.read_text()} for text in texts
+                    for audio in sorted(text.parent.glob(f"{glob.escape(text.stem)}.*")) if audio != text]
+        if file.suffix == ".jsonl":
+            return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        if file.suffix in (".csv", ".tsv"):
+            with open(file, newline="") as lines:
+                return list(csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ","))
+        if file.suffix == ".parquet":
+            import pyarrow.parquet
+            return pyarrow.parquet.read_table(file).to_pylist()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: {first_line(error)}") from None
+    raise InputError(f"{file}: no such file, or not .jsonl, .csv, .tsv, .parquet or a folder")
+
+
+def make_batches(seconds, batch_seconds, rng=None):
+    """Lists of indices of clips of similar length; longest clip times clips is at most `batch_seconds`.
+
+    Parameters: seconds, the length of every clip; rng, a numpy Generator that shuffles, or None for longest first.
+    """
+    if len(seconds) == 0:
+        return []
+    seconds = np.asarray(seconds, dtype=float)
+    order = np.argsort(-seconds * (rng.uniform(0.9, 1.1, len(seconds)) if rng else 1), kind="stable")
+    batches, longest = [[]], 0.0
+    for index in order.tolist():
+        longest = max(longest, seconds[index])
+        if batches[-1] and longest * (len(batches[-1]) + 1) > batch_seconds:
+            batches.append([])
+            longest = seconds[index]
+        batches[-1].append(index)
+    return [batches[i] for i in rng.permutation(len(batches))] if rng else batches

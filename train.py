@@ -1,0 +1,399 @@
+"""Train the bridge between a frozen audio encoder and a frozen language model.
+
+    python train.py --dataset assets/quickstart/train.jsonl --val assets/quickstart/test.jsonl --out out/quickstart
+    python train.py --encoder hubert --decoder qwen3-8b --dataset "data/*.parquet" --out out/mine
+    python train.py --resume out/mine
+
+Phase 1 (--ctc-steps) teaches the projector to spell in the decoder's own embeddings, by CTC; the decoder is not run.
+Phase 2 (--steps) is cross-entropy through the frozen decoder, with a little of the CTC loss kept.
+Ctrl-C or SIGTERM saves and stops; what is in --out can be used at any time.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from eval import corpus_wer
+from offline import cache_folder
+from tinyaudio import InputError, TinyAudio, load_audio, make_batches, read_clips, write_whole
+
+MAX_TOKENS_PER_SECOND = 10  # one per stacked frame: what CTC can spell
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--encoder", default="whisper-base", help="hubert, whisper, whisper-base, a hub id or a folder")
+    add("--decoder", default="smollm2-135m", help="qwen3-8b, smollm3-3b, smollm2-135m, a hub id or a folder ...")
+    add("--dataset", help=".jsonl, .csv, .tsv, .parquet files (globs, commas between) or a folder")
+    add("--val", help="the same, to watch the WER on; by default 50 clips of --dataset are held out")
+    add("--out", default="out", help="folder of the checkpoint and log.jsonl")
+    add("--resume", metavar="OUT", help="go on with an interrupted run, exactly; takes no other flag")
+    add("--init-from", metavar="CKPT", help="start from a trained checkpoint instead of from nothing")
+    add("--stack", type=int, default=5, help="encoder frames per projector frame")
+    add("--hidden", type=int, help="hidden width of the projector (by default about 13M parameters)")
+    add("--ctc-steps", type=int, default=2000, help="steps of phase 1")
+    add("--steps", type=int, default=2000, help="steps of phase 2")
+    add("--ctc-weight", type=float, default=0.1, help="share of the CTC loss in phase 2")
+    add("--batch-seconds", type=float, default=240, help="seconds of audio, padding included, per forward pass")
+    add("--accumulate", type=int, default=1, help="forward passes per optimizer step")
+    add("--max-seconds", type=float, default=30, help="leave out longer clips")
+    add("--lr", type=float, default=1e-3, help="peak learning rate of each phase")
+    add("--warmup", type=int, default=100, help="warm-up steps of each phase")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--mask", type=float, default=0.15, help="share of stacked frames masked while training")
+    add("--dropout", type=float, default=0.15, help="dropout in the projector")
+    add("--keep-frames", type=float, default=8, metavar="GB",
+        help="encode the data once and keep the frames on disk if they take at most this much")
+    add("--log-every", type=int, default=20, help="steps between log lines")
+    add("--eval-every", type=int, default=500, help="steps between validations, each of which saves a checkpoint")
+    add("--val-clips", type=int, default=50, help="clips to validate on")
+    add("--device", help="cuda, mps or cpu; by default the best there is")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.resume:
+        if len(sys.argv) != 3:
+            parser.error("--resume takes no other flag: the run goes on as it was started")
+        try:
+            state = torch.load(Path(args.resume) / "state.pt", map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise InputError(f"{args.resume} has no run to resume ({error})") from None
+        return argparse.Namespace(**{**state["args"], "out": args.resume}), state
+    if not args.dataset:
+        parser.error("--dataset is needed")
+    if (Path(args.out) / "state.pt").exists():
+        raise InputError(f"{args.out} holds a run already: continue it with --resume {args.out}, or choose another --out")
+    return args, None
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def measure(clips, max_seconds):
+    """Add `seconds` to each clip from its header. Returns the usable ones; says how many were left out and why."""
+    usable, broken, empty, long = [], [], 0, 0
+    for clip in clips:
+        try:
+            source = io.BytesIO(clip["audio"]) if isinstance(clip["audio"], bytes) else clip["audio"]
+            clip["seconds"] = soundfile.info(source).duration
+        except (soundfile.SoundFileError, OSError, TypeError):
+            broken.append(clip["name"])
+            continue
+        if clip["seconds"] > max_seconds:
+            long += 1
+        elif not clip["text"] or clip["seconds"] < 0.1:
+            empty += 1
+        else:
+            usable.append(clip)
+    if broken:
+        warn(f"left out {len(broken)} clips that are not readable audio, the first is {broken[0]}")
+    if long or empty:
+        warn(f"left out {long} clips over {max_seconds:g} s and {empty} without text or under 0.1 s")
+    if not usable:
+        raise InputError("no usable clip in the dataset")
+    return usable
+
+
+def warn(message):
+    tqdm.write(f"train.py: {message}", file=sys.stderr)
+
+
+def load_waves(clips):
+    """The waves of those clips that can be decoded, and the clips; a broken one is left out with one warning."""
+    waves, good = [], []
+    for clip in clips:
+        try:
+            waves.append(load_audio(clip["audio"]))
+            good.append(clip)
+        except InputError as error:
+            if not clip.get("broken"):
+                warn(f"left out {clip['name']}: {error}")
+            clip["broken"] = True
+    return waves, good
+
+
+def keep_frames(model, clips, name, batch_seconds):
+    """Encode all clips once; sets clip["frames"], (T, D) in bfloat16, in one memory-mapped file in the cache folder."""
+    what = [[clip["name"], len(clip["audio"]) if isinstance(clip["audio"], bytes) else os.path.getmtime(clip["audio"])]
+            for clip in clips]
+    key = hashlib.sha256(json.dumps([name, what]).encode()).hexdigest()[:16]
+    file, index = cache_folder() / f"frames-{key}.bf16", cache_folder() / f"frames-{key}.json"
+    if not index.exists():
+        rows, batches = {}, make_batches([clip["seconds"] for clip in clips], batch_seconds)
+        unfinished = Path(f"{file}.{os.getpid()}")
+        try:
+            with open(unfinished, "wb") as out, tqdm(total=sum(clip["seconds"] for clip in clips), unit="s", unit_scale=True,
+                                                     desc="encoding, once") as progress:
+                for batch in batches:
+                    waves, good = load_waves([clips[i] for i in batch])
+                    frames, lengths = model.encoder(waves) if good else ((), ())
+                    for clip, clip_frames, length in zip(good, frames, lengths):
+                        rows[clip["name"]] = [out.tell() // (2 * model.encoder.dim), int(length)]
+                        out.write(clip_frames[:length].to("cpu", torch.bfloat16).contiguous().view(torch.uint16).numpy())
+                    progress.update(sum(clips[i]["seconds"] for i in batch))
+            unfinished.replace(file)
+            write_whole(index, lambda path: path.write_text(json.dumps(rows)))
+        finally:
+            unfinished.unlink(missing_ok=True)
+    rows = json.loads(index.read_text())
+    frames = torch.from_file(str(file), size=file.stat().st_size // 2, dtype=torch.bfloat16).view(-1, model.encoder.dim)
+    for clip in clips:
+        if clip["name"] in rows:
+            start, length = rows[clip["name"]]
+            clip["frames"] = frames[start:start + length]
+    return [clip for clip in clips if "frames" in clip]
+
+
+def make_steps(clips, args, epoch, index):
+    """The endless plan of the run from a position on: (epoch, index, batches of clips), one item per optimizer step.
+    Each epoch's order follows from the seed and its number alone, which is what makes --resume exact."""
+    while True:
+        rng = np.random.default_rng([args.seed, epoch])
+        batches = make_batches([clip["seconds"] for clip in clips], args.batch_seconds, rng)
+        steps = [batches[i:i + args.accumulate] for i in range(0, len(batches), args.accumulate)]
+        for index in range(index, len(steps)):
+            yield epoch, index, [[clips[i] for i in batch] for batch in steps[index]]
+        epoch, index = epoch + 1, 0
+
+
+def collate(batch):
+    """Clips -> (frames (B, T, D), lengths (B,)) if they are kept, else waves; and the clips that could be read. Runs in a
+    thread of its own while the step before is computed."""
+    if "frames" in batch[0]:
+        frames = [clip["frames"] for clip in batch]
+        return (pad_sequence(frames, batch_first=True).float(), torch.tensor([len(clip) for clip in frames])), batch
+    return load_waves(batch)
+
+
+def encode(model, inputs):
+    """What `collate` made of a batch -> frames (B, T, D), lengths (B,) on the model's device."""
+    if isinstance(inputs, list):
+        return model.encoder(inputs)
+    return tuple(tensor.to(model.device, non_blocking=True) for tensor in inputs)
+
+
+# ------------------------------------------------------------------------------------------------------ measurement
+
+
+def matmul_flops(device, dtype):
+    """FLOP/s of this machine at a plain matrix product, against which MFU is counted."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def model_flops(model, lengths, answers, ctc_weight, encoded):
+    """FLOPs that a step needs: 2 per frozen parameter and position forward, 2 more where gradients pass through it,
+    6 per trained parameter."""
+    positions = sum(-(-length // model.projector.stack) for length in lengths)
+    width = model.embed.weight.shape[1]
+    flops = 6 * positions * (model.projector.linear_in.weight.numel() + model.projector.linear_out.weight.numel())
+    if not encoded:
+        flops += 2 * sum(lengths) * sum(p.numel() for p in model.encoder.parameters())
+    if ctc_weight:
+        flops += 4 * positions * width * len(model.ctc.tokens)
+    if ctc_weight < 1:
+        words, prompt = sum(map(len, answers)), sum(map(len, model.prompt()))
+        body = sum(p.numel() for p in model.decoder.base_model.parameters()) - model.embed.weight.numel()
+        flops += 4 * body * (positions + words + prompt * len(answers))
+        flops += 4 * model.embed.weight.numel() * (words + len(answers))
+    return flops
+
+
+@torch.no_grad()
+def validate(model, clips, batch_seconds, through_decoder):
+    """WER of the clips by greedy CTC and, if asked, through the decoder; and one transcript to look at."""
+    model.eval()
+    texts = {"ctc": {}, "greedy": {}}
+    for batch in make_batches([clip["seconds"] for clip in clips], batch_seconds):
+        inputs, good = collate([clips[i] for i in batch])
+        if good:
+            audio, counts = model.projector(*encode(model, inputs))
+            for name, decode in {"ctc": model.spell, "greedy": model.generate}.items():
+                if name == "ctc" or through_decoder:
+                    texts[name] |= zip((clip["name"] for clip in good), map(model.detokenize, decode(audio, counts)))
+    model.train()
+    wers = {name: corpus_wer([clip["text"] for clip in clips], [found.get(clip["name"], "") for clip in clips])
+            for name, found in texts.items() if found}
+    found = texts["greedy" if through_decoder else "ctc"]
+    return wers, (clips[0]["text"], found.get(clips[0]["name"], ""))
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
+def main():
+    args, state = parse_args()
+    torch.manual_seed(args.seed)
+    out = Path(args.out)
+
+    clips = measure(read_clips(args.dataset), args.max_seconds)
+    random.Random(args.seed).shuffle(clips)
+    if args.val:
+        val = measure(read_clips(args.val), args.max_seconds)
+        val = random.Random(args.seed).sample(val, min(args.val_clips, len(val)))
+    else:
+        held_out = min(args.val_clips, len(clips) // 10)
+        val, clips = clips[:held_out], clips[held_out:]
+
+    model = TinyAudio.build(args.encoder, args.decoder, args.device, stack=args.stack, hidden=args.hidden)
+    if args.init_from:
+        model.load_trained(args.init_from)
+    model.spell_with([clip["text"] for clip in clips])
+    model.projector.mask, model.projector.dropout = args.mask, args.dropout
+    model.train()
+
+    hours = sum(clip["seconds"] for clip in clips) / 3600
+    size = hours * 3600 * model.encoder.frame_rate * model.encoder.dim * 2 / 1e9
+    kept = size <= args.keep_frames
+    if kept:
+        clips, val = (keep_frames(model, part, args.encoder, args.batch_seconds) for part in (clips, val))
+    for clip in clips:
+        clip["answer"] = model.tokenize(clip["text"])
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    dtype = model.embed.weight.dtype
+    peak = matmul_flops(model.device, dtype)
+    print(f"{args.encoder} -> {sum(p.numel() for p in parameters) / 1e6:.2f}M trained -> {args.decoder}, {dtype}, {model.device} "
+          f"at {peak / 1e12:.2f} TFLOP/s; {hours:.2f} h in {len(clips)} clips, frames {size:.2f} GB {'kept' if kept else 'not kept'}; "
+          f"spelling with {len(model.ctc.tokens)} tokens")
+
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    step, epoch, index = 0, 0, 0
+    if state:
+        model.load_state_dict(state["model"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        step, epoch, index = state["step"], state["epoch"], state["index"]
+        torch.set_rng_state(state["rng"])
+        if model.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"])
+    out.mkdir(parents=True, exist_ok=True)
+    log_file = out / "log.jsonl"
+    rows = [json.loads(line) for line in log_file.read_text().splitlines()] if state and log_file.exists() else []
+    log_file.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+
+    def log(row):
+        with open(log_file, "a") as file:
+            file.write(json.dumps({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}) + "\n")
+
+    def save():
+        """All that --resume needs is in state.pt; the other files are what `TinyAudio.load` reads."""
+        snapshot = {"args": vars(args), "step": step, "epoch": epoch, "index": index, "model": model.trained(),
+                    "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+        if model.device.type == "cuda":
+            snapshot["cuda_rng"] = torch.cuda.get_rng_state()
+        write_whole(out / "state.pt", lambda path: torch.save(snapshot, path))
+        model.save(out)
+
+    stop = []
+
+    def on_signal(number, _):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    total = args.ctc_steps + args.steps
+    plan = make_steps(clips, args, epoch, index)
+    loader = ThreadPoolExecutor(1)
+
+    def prefetch():
+        epoch, index, batches = next(plan)
+        return epoch, index, [collate(batch) for batch in batches]
+
+    future = loader.submit(prefetch)
+    progress = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
+    since = {"time": time.perf_counter(), "steps": 0, "seconds": 0.0, "padded": 0.0, "flops": 0, "tokens": 0, "ctc": 0.0, "lm": 0.0}
+    window = dict(since)
+    while step < total:
+        epoch, index, batches = future.result()
+        future = loader.submit(prefetch)  # the next step's data, while this one runs
+
+        # Each phase has a schedule of its own: linear warm-up, then a cosine down to a twentieth.
+        phase, position, length = (1, step, args.ctc_steps) if step < args.ctc_steps else (2, step - args.ctc_steps, args.steps)
+        warmup = min(args.warmup, length // 2)
+        lr = args.lr * ((position + 1) / warmup if position < warmup else
+                        0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (position - warmup) / (length - warmup))))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        ctc_weight = 1.0 if phase == 1 else args.ctc_weight
+
+        # One loss over the whole step: the sum over its tokens, divided once by their number.
+        tokens = sum(len(clip["answer"]) + 1 for _, good in batches for clip in good)
+        for inputs, good in batches:
+            if not good:
+                continue
+            frames, lengths = encode(model, inputs)
+            answers = [clip["answer"] for clip in good]
+            with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+                loss, parts = model.loss(frames, lengths, answers, ctc_weight)
+            (loss / tokens).backward()
+            for name, part in parts.items():
+                window[name] += part.item()
+            window["seconds"] += sum(clip["seconds"] for clip in good)
+            window["padded"] += frames.shape[0] * frames.shape[1] / model.encoder.frame_rate
+            window["flops"] += model_flops(model, lengths.tolist(), answers, ctc_weight, kept)
+        window["tokens"] += tokens
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
+        if not math.isfinite(norm):
+            raise InputError(f"the gradient is not finite at step {step}: lower --lr; {out} keeps the last checkpoint")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step, index = step + 1, index + 1
+        window["steps"] += 1
+        progress.update()
+
+        ends_phase = step in (args.ctc_steps, total)
+        if step % args.log_every == 0 or ends_phase or stop:
+            elapsed = time.perf_counter() - window["time"]
+            row = {"step": step, "phase": phase, "epoch": epoch, "loss": window["lm" if phase == 2 else "ctc"] / window["tokens"],
+                   "ctc": window["ctc"] / window["tokens"], "lr": lr, "norm": norm,
+                   "audio_s_per_s": window["seconds"] / elapsed, "mfu": window["flops"] / elapsed / peak,
+                   "padding": 1 - window["seconds"] / window["padded"], "seconds": elapsed}
+            log(row)
+            left = (total - step) * elapsed / window["steps"]
+            tqdm.write(f"step {step}/{total} phase {phase} epoch {epoch} loss {row['loss']:.3f} ctc {row['ctc']:.3f} lr {lr:.1e} "
+                       f"norm {norm:.2f} {row['audio_s_per_s']:.0f}x real time mfu {100 * row['mfu']:.0f}% "
+                       f"padding {100 * max(0, row['padding']):.0f}% left {left / 60:.0f} min")
+            window = {**since, "time": time.perf_counter()}
+        if step % args.eval_every == 0 or ends_phase or stop:
+            if not stop:
+                wers, (reference, hypothesis) = validate(model, val, args.batch_seconds, phase == 2)
+                model.decode = min(wers, key=wers.get)
+                log({"step": step, "phase": phase, "wer": wers})
+                tqdm.write(f"step {step}/{total} WER " + ", ".join(f"{100 * wer:.1f} % {name}" for name, wer in wers.items())
+                           + f" ({len(val)} clips)\n    ref: {reference}\n    hyp: {hypothesis}")
+            save()
+            window["time"] = time.perf_counter()
+        if stop:
+            print(f"stopped by signal {stop[0]} after step {step}; python train.py --resume {out} goes on")
+            sys.exit(128 + stop[0])
+    print(f"done: {out} holds the checkpoint; python sample.py --model {out} file.wav")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"train.py: {error}")
