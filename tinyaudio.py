@@ -78,18 +78,12 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def default_device():
-    """The best device of this machine."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def default_dtype(device):
-    """bfloat16 for the frozen parts, or float32 on a CPU that has no bfloat16 arithmetic (there it is 8x slower)."""
-    if torch.device(device).type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
-        return torch.float32
-    return torch.bfloat16
+def placement(device=None, dtype=None):
+    """Where the frozen parts go: the best device, in bfloat16; or float32 on a CPU for which bfloat16 is slower."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(device or best)
+    slow = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
+    return device, dtype or (torch.float32 if slow else torch.bfloat16)
 
 
 # ------------------------------------------------------------------------------------------------------------ audio
@@ -98,35 +92,29 @@ SAMPLE_RATE = 16_000
 
 
 def load_audio(source, sample_rate=SAMPLE_RATE):
-    """Decode, mix down and resample one clip.
+    """Decode, mix down and resample one clip to a float32 array (samples,), mono, 16 kHz.
 
     Parameters
     ----------
-    source : path, bytes, file object (wav, flac, mp3, ogg/opus, ...) or array of samples in [-1, 1]
-        An array has shape (samples,) or (samples, channels).
-    sample_rate : int
-        The rate of an array, in Hz; files carry their own.
-
-    Returns
-    -------
-    float32 array, shape (samples,), mono, 16 kHz
+    source : path, bytes or file object (wav, flac, mp3, ogg/opus, ...), or array (samples,) or (samples, channels)
+    sample_rate : of an array, in Hz; files carry their own
 
     Raises InputError if the source is missing, empty, not audio, or holds samples that are not numbers.
     """
     name = source if isinstance(source, (str, Path)) else getattr(source, "name", "audio")
     try:
+        if isinstance(source, (str, Path)):
+            source = Path(source).read_bytes()
         if isinstance(source, bytes):
             source = io.BytesIO(source)
-        if isinstance(source, (str, Path)) or hasattr(source, "read"):
+        if hasattr(source, "read"):
             samples, sample_rate = soundfile.read(source, dtype="float32")
         else:
             samples = np.asarray(source, dtype=np.float32)
     except soundfile.LibsndfileError as error:
-        if isinstance(source, (str, Path)) and not Path(source).is_file():
-            raise InputError(f"{name}: no such file") from None
         raise InputError(f"{name}: not audio that can be read ({error.error_string.strip().rstrip('.')})") from None
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{name}: {first_line(error)}") from None
+        raise InputError(f"{name}: {getattr(error, 'strerror', None) or first_line(error)}") from None
     if samples.ndim == 2:
         samples = samples.mean(axis=1)
     if samples.size == 0:
@@ -154,11 +142,8 @@ def split_audio(wave, shortest=15.0, longest=28.0):
 
 
 class Encoder(nn.Module):
-    """A frozen audio encoder, run at the true length of each clip.
-
-    What a clip sounds like to the model never depends on the other clips in its batch: there is no 30 s padding, and
-    the padding up to the batch's longest clip is masked wherever it could be heard.
-    """
+    """A frozen audio encoder, run at the true length of each clip: there is no 30 s padding, and the padding up to the
+    longest clip is masked wherever it could be heard, so that frames do not depend on what else is in the batch."""
 
     frame_rate = 50  # frames a second, of every supported family
 
@@ -173,10 +158,9 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, waves):
-        """Parameters: waves, a list of B arrays (samples,). Returns frames (B, T, D), zero past each clip's length, and
-        lengths (B,). Raises InputError for a clip that is longer than the encoder's positions (Whisper: 30 s)."""
-        shortest = 400  # samples; one window, below which there is no frame
-        waves = [np.pad(wave, (0, max(0, shortest - len(wave)))) for wave in waves]
+        """B arrays (samples,) -> frames (B, T, D), zero past each clip's length, and lengths (B,).
+        Raises InputError for a clip that is longer than the encoder's positions (Whisper: 30 s)."""
+        waves = [np.pad(wave, (0, max(0, 400 - len(wave)))) for wave in waves]  # one window, below which there is no frame
         longest = max(map(len, waves)) / SAMPLE_RATE
         if longest > self.max_seconds:
             raise InputError(f"a clip of {longest:.1f} s is longer than the encoder hears ({self.max_seconds:.0f} s)")
@@ -224,10 +208,10 @@ def length_mask(lengths, size):
 
 def load_encoder(name, device=None, dtype=None):
     """An `Encoder` by short name, hub id or local folder of a Whisper, HuBERT, wav2vec 2.0 or WavLM model."""
-    device = torch.device(device or default_device())
+    device, dtype = placement(device, dtype)
     source = locate(name, ENCODERS)
     kind = from_hub(AutoConfig.from_pretrained, source).model_type
-    options = {"dtype": dtype or default_dtype(device)}
+    options = {"dtype": dtype}
     if kind == "whisper":
         from transformers.models.whisper.modeling_whisper import WhisperEncoder as model_class
         options["key_mapping"] = {r"^(model\.)?encoder\.": ""}  # a whole Whisper has its encoder under this prefix
@@ -236,17 +220,17 @@ def load_encoder(name, device=None, dtype=None):
     else:
         raise InputError(f"{name} is a {kind} model, not an audio encoder (whisper, hubert, wav2vec2, wavlm)")
     model = from_hub(model_class.from_pretrained, source, **options)
-    return Encoder(model, from_hub(AutoFeatureExtractor.from_pretrained, source)).to(device)
+    return Encoder(model, from_hub(AutoFeatureExtractor.from_pretrained, source)).eval().to(device)
 
 
 def load_decoder(name, device=None, dtype=None):
     """A frozen causal language model and its tokenizer, by short name, hub id or local folder."""
-    device = torch.device(device or default_device())
+    device, dtype = placement(device, dtype)
     source = locate(name, DECODERS)
     tokenizer = from_hub(AutoTokenizer.from_pretrained, source)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise InputError(f"{name} has no chat template or no end token: use an instruction-tuned model")
-    decoder = from_hub(AutoModelForCausalLM.from_pretrained, source, dtype=dtype or default_dtype(device))
+    decoder = from_hub(AutoModelForCausalLM.from_pretrained, source, dtype=dtype)
     return decoder.eval().requires_grad_(False).to(device), tokenizer
 
 
@@ -297,13 +281,13 @@ class CTCHead(nn.Module):
     Graves et al. 2006; token ids are those of the decoder, and class 0 is the blank.
     """
 
-    def __init__(self, decoder_dim, loudness=1.0, tokens=()):
+    def __init__(self, decoder_dim, loudness=1.0):
         super().__init__()
         self.blank = nn.Parameter(torch.zeros(decoder_dim))
         self.bias = nn.Parameter(torch.zeros(()))
         # A frame that equals a token's embedding scores about 10 to begin with.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(10 / (decoder_dim * loudness**2))))
-        self.register_buffer("tokens", torch.as_tensor(tokens, dtype=torch.int32))
+        self.register_buffer("tokens", torch.zeros(0, dtype=torch.int32))
 
     def forward(self, audio, embeddings):
         """audio (B, N, d), embeddings (vocabulary, d) -> logits (B, N, 1 + V), float32."""
@@ -314,30 +298,26 @@ class CTCHead(nn.Module):
 
 # -------------------------------------------------------------------------------------------------------- TinyAudio
 
+CONFIG_KEYS = {"encoder", "decoder", "stack", "hidden", "decode"}
 TASKS = {"transcribe": "Transcribe: <audio>"}
 
 
 class TinyAudio(nn.Module):
     """Encoder, projector, CTC head and decoder. Only the projector and the CTC head have gradients.
 
-    `TinyAudio.build` makes an untrained one, `TinyAudio.load` a trained one.
+    Parameters: the names of the two backbones; the projector's stack and hidden width; and how `transcribe` decodes.
+    This makes an untrained model; `TinyAudio.load` brings a trained one.
     """
 
-    def __init__(self, encoder, decoder, tokenizer, stack=5, hidden=None, tokens=(), names=None, decode="greedy"):
+    def __init__(self, encoder, decoder, stack=5, hidden=None, decode="greedy", device=None, dtype=None):
         super().__init__()
-        self.encoder, self.decoder, self.tokenizer = encoder, decoder, tokenizer
-        self.names, self.decode = names, decode
-        self.embed = decoder.get_input_embeddings()
-        loudness = self.embed.weight.float().square().mean().sqrt().item()
-        self.projector = Projector(encoder.dim, self.embed.weight.shape[1], loudness, stack, hidden)
-        self.ctc = CTCHead(self.embed.weight.shape[1], loudness, tokens)
-        self.projector.to(self.device), self.ctc.to(self.device)
-
-    @classmethod
-    def build(cls, encoder, decoder, device=None, dtype=None, **options):
-        """An untrained model from the names of its backbones."""
-        names = {"encoder": encoder, "decoder": decoder}
-        return cls(load_encoder(encoder, device, dtype), *load_decoder(decoder, device, dtype), names=names, **options)
+        self.names, self.decode = {"encoder": encoder, "decoder": decoder}, decode
+        self.encoder = load_encoder(encoder, device, dtype)
+        self.decoder, self.tokenizer = load_decoder(decoder, device, dtype)
+        self.embed = self.decoder.get_input_embeddings()
+        width, loudness = self.embed.weight.shape[1], self.embed.weight.float().square().mean().sqrt().item()
+        self.projector = Projector(self.encoder.dim, width, loudness, stack, hidden).to(self.device)
+        self.ctc = CTCHead(width, loudness).to(self.device)
 
     @property
     def device(self):
@@ -382,25 +362,18 @@ class TinyAudio(nn.Module):
     # ------------------------------------------------------------------------------------------------------- loss
 
     def loss(self, frames, lengths, answers, ctc_weight=0.1):
-        """Losses of a batch, summed over the tokens of its answers.
+        """Loss of a batch, summed over the tokens of its answers, and its two parts for the log.
 
         Parameters
         ----------
         frames (B, T, D), lengths (B,) : of the encoder
         answers : B lists of token ids, without the end token
-        ctc_weight : 1 is phase 1, spelling, in which the decoder is never run; below 1, the decoder's cross-entropy is
-            added to that share of the CTC loss; 0 leaves CTC out
-
-        Returns the sum to minimise and its parts, a dict of detached sums.
+        ctc_weight : 1 is phase 1, spelling, in which the decoder is not run; below 1, the decoder's cross-entropy is added
         """
         audio, counts = self.projector(frames, lengths)
-        parts = {}
-        if ctc_weight:
-            parts["ctc"] = self.ctc_loss(audio, counts, answers)
-        if ctc_weight < 1:
-            parts["lm"] = self.lm_loss(audio, counts, answers)
-        total = sum(loss * (ctc_weight if name == "ctc" else 1) for name, loss in parts.items())
-        return total, {name: loss.detach() for name, loss in parts.items()}
+        ctc = self.ctc_loss(audio, counts, answers) if ctc_weight else torch.zeros((), device=self.device)
+        lm = self.lm_loss(audio, counts, answers) if ctc_weight < 1 else torch.zeros((), device=self.device)
+        return lm + ctc_weight * ctc, {"ctc": ctc.detach(), "lm": lm.detach()}
 
     def ctc_loss(self, audio, counts, answers):
         """Summed CTC loss; an answer that has more tokens than the clip has frames counts as zero."""
@@ -460,13 +433,12 @@ class TinyAudio(nn.Module):
             cache = out.past_key_values
             best = self.decoder.get_output_embeddings()(out.last_hidden_state[:, -1]).argmax(-1)
             for row, token in enumerate(best.tolist()):
-                if row in running and token != self.tokenizer.eos_token_id:
+                if row in running:
                     answers[row].append(token)
-                    surplus = loop_length(answers[row])
-                    if surplus:
-                        del answers[row][-surplus:]
-                if row in running and (token == self.tokenizer.eos_token_id or surplus or len(answers[row]) >= limits[row]):
-                    running.remove(row)
+                    surplus = 1 if token == self.tokenizer.eos_token_id else loop_length(answers[row])
+                    if surplus or len(answers[row]) >= limits[row]:
+                        del answers[row][len(answers[row]) - surplus:]
+                        running.remove(row)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             positions = positions[:, -1:] + 1
             step = {"input_ids": best[:, None], "position_ids": positions}
@@ -514,8 +486,13 @@ class TinyAudio(nn.Module):
             from huggingface_hub import snapshot_download
             folder = Path(from_hub(snapshot_download, locate(str(path), {}),
                                    allow_patterns=["projector.safetensors", "config.json"]))
-        config = read_config(folder / "config.json")
-        model = cls.build(config.pop("encoder"), config.pop("decoder"), device, dtype, **config)
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            if set(config) != CONFIG_KEYS:
+                raise ValueError(f"the keys must be {', '.join(sorted(CONFIG_KEYS))}, and are {', '.join(config)}")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder / 'config.json'} is no checkpoint's config: {first_line(error)}") from None
+        model = cls(**config, device=device, dtype=dtype)
         model.load_trained(folder)
         return model.eval()
 
@@ -532,23 +509,6 @@ class TinyAudio(nn.Module):
                 raise KeyError(f"lacks {', '.join(sorted(set(missing) & self.trained().keys()))}")
         except Exception as error:
             raise InputError(f"{file} is no checkpoint of this model: {first_line(error)}") from None
-
-
-CONFIG_KEYS = {"encoder": str, "decoder": str, "stack": int, "hidden": int, "decode": str}
-
-
-def read_config(file):
-    """The checked contents of a checkpoint's `config.json`."""
-    try:
-        config = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is no checkpoint's config: {first_line(error)}") from None
-    if not isinstance(config, dict) or set(config) != set(CONFIG_KEYS):
-        raise InputError(f"{file}: the keys must be {', '.join(CONFIG_KEYS)}, and are {', '.join(config)}")
-    for key, kind in CONFIG_KEYS.items():
-        if not isinstance(config[key], kind):
-            raise InputError(f"{file}: {key} must be a {kind.__name__}, and is {config[key]!r}")
-    return config
 
 
 def write_whole(path, write):

@@ -19,6 +19,7 @@ import random
 import signal
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,8 +32,6 @@ from tqdm import tqdm
 from eval import corpus_wer
 from offline import cache_folder
 from tinyaudio import InputError, TinyAudio, load_audio, make_batches, read_clips, write_whole
-
-MAX_TOKENS_PER_SECOND = 10  # one per stacked frame: what CTC can spell
 
 
 def parse_args():
@@ -137,15 +136,14 @@ def keep_frames(model, clips, name, batch_seconds):
         rows, batches = {}, make_batches([clip["seconds"] for clip in clips], batch_seconds)
         unfinished = Path(f"{file}.{os.getpid()}")
         try:
-            with open(unfinished, "wb") as out, tqdm(total=sum(clip["seconds"] for clip in clips), unit="s", unit_scale=True,
-                                                     desc="encoding, once") as progress:
+            with open(unfinished, "wb") as out, tqdm(total=len(clips), unit="clip", desc="encoding, once") as progress:
                 for batch in batches:
                     waves, good = load_waves([clips[i] for i in batch])
                     frames, lengths = model.encoder(waves) if good else ((), ())
                     for clip, clip_frames, length in zip(good, frames, lengths):
                         rows[clip["name"]] = [out.tell() // (2 * model.encoder.dim), int(length)]
                         out.write(clip_frames[:length].to("cpu", torch.bfloat16).contiguous().view(torch.uint16).numpy())
-                    progress.update(sum(clips[i]["seconds"] for i in batch))
+                    progress.update(len(batch))
             unfinished.replace(file)
             write_whole(index, lambda path: path.write_text(json.dumps(rows)))
         finally:
@@ -256,11 +254,12 @@ def main():
         held_out = min(args.val_clips, len(clips) // 10)
         val, clips = clips[:held_out], clips[held_out:]
 
-    model = TinyAudio.build(args.encoder, args.decoder, args.device, stack=args.stack, hidden=args.hidden)
+    model = TinyAudio(args.encoder, args.decoder, args.stack, args.hidden, device=args.device)
     if args.init_from:
         model.load_trained(args.init_from)
     model.spell_with([clip["text"] for clip in clips])
     model.projector.mask, model.projector.dropout = args.mask, args.dropout
+    model.decode = "ctc" if args.ctc_steps else "greedy"  # until a validation knows better
     model.train()
 
     hours = sum(clip["seconds"] for clip in clips) / 3600
@@ -324,8 +323,7 @@ def main():
 
     future = loader.submit(prefetch)
     progress = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
-    since = {"time": time.perf_counter(), "steps": 0, "seconds": 0.0, "padded": 0.0, "flops": 0, "tokens": 0, "ctc": 0.0, "lm": 0.0}
-    window = dict(since)
+    sums, since = Counter(), time.perf_counter()  # of the steps since the last log line
     while step < total:
         epoch, index, batches = future.result()
         future = loader.submit(prefetch)  # the next step's data, while this one runs
@@ -340,7 +338,7 @@ def main():
         ctc_weight = 1.0 if phase == 1 else args.ctc_weight
 
         # One loss over the whole step: the sum over its tokens, divided once by their number.
-        tokens = sum(len(clip["answer"]) + 1 for _, good in batches for clip in good)
+        tokens = max(1, sum(len(clip["answer"]) + 1 for _, good in batches for clip in good))
         for inputs, good in batches:
             if not good:
                 continue
@@ -349,34 +347,30 @@ def main():
             with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
                 loss, parts = model.loss(frames, lengths, answers, ctc_weight)
             (loss / tokens).backward()
-            for name, part in parts.items():
-                window[name] += part.item()
-            window["seconds"] += sum(clip["seconds"] for clip in good)
-            window["padded"] += frames.shape[0] * frames.shape[1] / model.encoder.frame_rate
-            window["flops"] += model_flops(model, lengths.tolist(), answers, ctc_weight, kept)
-        window["tokens"] += tokens
+            sums.update({name: part.item() for name, part in parts.items()})
+            sums.update(frames=lengths.sum().item(), padded_frames=frames.shape[0] * frames.shape[1],
+                        flops=model_flops(model, lengths.tolist(), answers, ctc_weight, kept))
+        sums.update(tokens=tokens, steps=1)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
         if not math.isfinite(norm):
             raise InputError(f"the gradient is not finite at step {step}: lower --lr; {out} keeps the last checkpoint")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step, index = step + 1, index + 1
-        window["steps"] += 1
         progress.update()
 
         ends_phase = step in (args.ctc_steps, total)
         if step % args.log_every == 0 or ends_phase or stop:
-            elapsed = time.perf_counter() - window["time"]
-            row = {"step": step, "phase": phase, "epoch": epoch, "loss": window["lm" if phase == 2 else "ctc"] / window["tokens"],
-                   "ctc": window["ctc"] / window["tokens"], "lr": lr, "norm": norm,
-                   "audio_s_per_s": window["seconds"] / elapsed, "mfu": window["flops"] / elapsed / peak,
-                   "padding": 1 - window["seconds"] / window["padded"], "seconds": elapsed}
+            elapsed = time.perf_counter() - since
+            row = {"step": step, "phase": phase, "epoch": epoch, "loss": sums["lm" if phase == 2 else "ctc"] / sums["tokens"],
+                   "ctc": sums["ctc"] / sums["tokens"], "lr": lr, "norm": norm,
+                   "audio_s_per_s": sums["frames"] / model.encoder.frame_rate / elapsed, "mfu": sums["flops"] / elapsed / peak,
+                   "padding": 1 - sums["frames"] / sums["padded_frames"], "seconds": elapsed}
             log(row)
-            left = (total - step) * elapsed / window["steps"]
-            tqdm.write(f"step {step}/{total} phase {phase} epoch {epoch} loss {row['loss']:.3f} ctc {row['ctc']:.3f} lr {lr:.1e} "
-                       f"norm {norm:.2f} {row['audio_s_per_s']:.0f}x real time mfu {100 * row['mfu']:.0f}% "
-                       f"padding {100 * max(0, row['padding']):.0f}% left {left / 60:.0f} min")
-            window = {**since, "time": time.perf_counter()}
+            tqdm.write("step {step}/{total} phase {phase} epoch {epoch} loss {loss:.3f} ctc {ctc:.3f} lr {lr:.1e} norm {norm:.2f} "
+                       "{audio_s_per_s:.0f}x real time mfu {mfu:.0%} padding {padding:.0%} left {left:.1f} min".format(
+                           **row, total=total, left=(total - step) * elapsed / sums["steps"] / 60))
+            sums, since = Counter(), time.perf_counter()
         if step % args.eval_every == 0 or ends_phase or stop:
             if not stop:
                 wers, (reference, hypothesis) = validate(model, val, args.batch_seconds, phase == 2)
@@ -385,7 +379,7 @@ def main():
                 tqdm.write(f"step {step}/{total} WER " + ", ".join(f"{100 * wer:.1f} % {name}" for name, wer in wers.items())
                            + f" ({len(val)} clips)\n    ref: {reference}\n    hyp: {hypothesis}")
             save()
-            window["time"] = time.perf_counter()
+            since = time.perf_counter()
         if stop:
             print(f"stopped by signal {stop[0]} after step {step}; python train.py --resume {out} goes on")
             sys.exit(128 + stop[0])

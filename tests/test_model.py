@@ -16,7 +16,7 @@ WAVES = [tone(seconds, i) for i, seconds in enumerate((2.0, 0.05, 3.31, 1.237, 0
 
 def build(toys, encoder="whisper", decoder="llama", **options):
     torch.manual_seed(0)
-    model = TinyAudio.build(toys[encoder], toys[decoder], "cpu", torch.float32, **options)
+    model = TinyAudio(toys[encoder], toys[decoder], device="cpu", dtype=torch.float32, **options)
     model.spell_with(SENTENCES)
     with torch.no_grad():
         model.ctc.blank.normal_(0, 0.1)
@@ -136,7 +136,7 @@ def test_lm_loss_equals_the_loss_of_transformers(toys, encoder, decoder):
     frames, lengths = model.encoder(WAVES)
     answers = [model.tokenize(SENTENCES[i % 4]) for i in range(len(WAVES))]
     total, parts = model.loss(frames, lengths, answers, ctc_weight=0)
-    assert set(parts) == {"lm"} and total.item() == parts["lm"].item()
+    assert total.item() == parts["lm"].item() and parts["ctc"] == 0
 
     audio, counts = model.projector(frames, lengths)
     expected = 0.0
@@ -283,8 +283,6 @@ def test_checkpoints_that_cannot_be_used(toys, tmp_path):
     assert "projector.safetensors" in message()  # shapes do not fit
     config.write_text(json.dumps({**good_config, "surprise": 1}))
     assert "surprise" in message()
-    config.write_text(json.dumps({**good_config, "stack": "five"}))
-    assert "stack must be a int" in message()
     config.write_text("{")
     assert "config.json" in message()
     with pytest.raises(InputError, match="no/such-model"):

@@ -1,0 +1,149 @@
+"""The scripts as a user runs them, on toy backbones: training, resuming, sampling, scoring."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import ROOT, run, tone
+
+from eval import corpus_wer
+
+FLAGS = ["--ctc-steps", 8, "--steps", 8, "--batch-seconds", 6, "--accumulate", 2, "--warmup", 2, "--log-every", 1,
+         "--eval-every", 4, "--val-clips", 3, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def train_flags(toys, dataset, tmp_path_factory):
+    return ["--encoder", toys["whisper"], "--decoder", toys["llama"], "--dataset", dataset, *FLAGS]
+
+
+@pytest.fixture(scope="module")
+def trained(train_flags, tmp_path_factory):
+    """A finished toy run, and what it printed."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    return out, run("train.py", *train_flags, "--out", out)
+
+
+def losses(out):
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["norm"], row["lr"]) for row in rows if "loss" in row]
+
+
+def test_training_logs_validates_and_saves(trained):
+    out, done = trained
+    assert sorted(file.name for file in out.iterdir()) == ["config.json", "log.jsonl", "projector.safetensors", "state.pt"]
+    steps = losses(out)
+    assert [step for step, *_ in steps] == list(range(1, 17))
+    assert steps[7][1] < steps[0][1] and steps[15][1] < steps[8][1]  # both phases learn
+    rates = [rate for *_, rate in steps]
+    assert rates[0] == rates[8] == 5e-4 and max(rates) == 1e-3 and rates[7] < 2e-4 and rates[15] < 2e-4
+    assert len(re.findall(r"WER \d", done.stdout)) == 4
+    for word in ("phase 1", "phase 2", "norm", "real time", "mfu", "padding", "left"):
+        assert word in done.stdout
+    assert "left out 1 clips that are not readable audio" in done.stderr and "broken.wav" in done.stderr
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_run_that_is_stopped_and_resumed_equals_one_that_was_not(train_flags, tmp_path, kept, trained):
+    flags = [*train_flags, *([] if kept else ["--keep-frames", 0])]
+    whole = tmp_path / "whole"
+    if kept:
+        whole = trained[0]
+    else:
+        run("train.py", *flags, "--out", whole)
+    out = tmp_path / "stopped"
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags), "--out", str(out)], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for line in process.stdout:
+        if line.startswith(f"step {'5' if kept else '11'}/"):
+            process.send_signal(signal.SIGTERM if kept else signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == (143 if kept else 130) and "--resume" in rest
+    assert len(losses(out)) < 16
+    with open(out / "log.jsonl", "a") as file:  # what a later crash would have left
+        file.write(json.dumps({"step": 15, "loss": 0.0, "norm": 0.0, "lr": 0.0}) + "\n")
+    run("train.py", "--resume", out)
+    assert losses(out) == losses(whole)
+    assert (out / "projector.safetensors").read_bytes() == (whole / "projector.safetensors").read_bytes()
+
+
+def test_a_killed_run_can_be_resumed(train_flags, tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, train_flags), "--out", str(out)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (out / "state.pt").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    run("train.py", "--resume", out)
+    assert [step for step, *_ in losses(out)] == list(range(1, 17))
+
+
+def test_one_phase_recipe_and_init_from(train_flags, trained, tmp_path):
+    plain = run("train.py", *train_flags, "--ctc-steps", 0, "--ctc-weight", 0, "--out", tmp_path / "plain")
+    assert "phase 1" not in plain.stdout
+    more = run("train.py", *train_flags, "--init-from", trained[0], "--out", tmp_path / "more")
+    assert losses(tmp_path / "more")[0][1] < losses(trained[0])[0][1] and more.returncode == 0
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--dataset", "missing.jsonl"], "missing.jsonl"),
+    (["--dataset", "assets/quickstart/test.jsonl", "--encoder", "nothing"], "nothing is no model"),
+    (["--dataset", "assets/quickstart/test.jsonl", "--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
+    (["--resume", "missing"], "missing has no run to resume"),
+    (["--resume", "missing", "--lr", "1"], "--resume takes no other flag"),
+    ([], "--dataset is needed"),
+])
+def test_wrong_flags_are_one_line(flags, message):
+    done = run("train.py", *flags, check=False)
+    assert done.returncode and message in done.stderr.splitlines()[-1]
+
+
+def test_a_finished_run_is_not_overwritten(train_flags, trained):
+    done = run("train.py", *train_flags, "--out", trained[0], check=False)
+    assert done.returncode == 1 and "--resume" in done.stderr
+
+
+def test_sample_prints_text_alone_or_with_paths_and_goes_on_past_bad_files(trained, tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(1), 16_000)
+    soundfile.write(tmp_path / "ä b.flac", np.stack([tone(2, 1)] * 3, 1), 96_000)
+    (tmp_path / "text.wav").write_text("not audio")
+    (tmp_path / "empty.wav").write_bytes(b"")
+    model = ["--model", trained[0], "--device", "cpu"]
+    one = run("sample.py", tmp_path / "a.wav", *model)
+    assert one.stdout.count("\n") == 1 and "\t" not in one.stdout and one.stderr == ""
+    names = ["a.wav", "text.wav", "ä b.flac", "empty.wav", "missing.wav"]
+    many = run("sample.py", *(tmp_path / name for name in names), *model, check=False)
+    assert many.returncode == 1
+    rows = [line.split("\t") for line in many.stdout.splitlines()]
+    assert [path for path, _ in rows] == [str(tmp_path / "a.wav"), str(tmp_path / "ä b.flac")]
+    assert rows[0][1] == one.stdout.strip()
+    errors = many.stderr.splitlines()
+    assert len(errors) == 3 and all(name in error for name, error in zip(("text.wav", "empty.wav", "missing.wav"), errors))
+
+
+def test_sample_with_a_checkpoint_that_is_none(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(1), 16_000)
+    done = run("sample.py", tmp_path / "a.wav", "--model", tmp_path, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "config.json" in done.stderr
+
+
+def test_corpus_wer():
+    assert corpus_wer(["sun and moon"], ["sun and moon"]) == 0
+    assert corpus_wer(["sun moon star sky", "sea land"], ["sun noon star", "sea land"]) == 2 / 6  # by words, not by clips
+    assert corpus_wer(["It's GOOD.", ""], ["it is good", "anything"]) == 0  # normalised; an empty reference is left out
+    assert corpus_wer(["sun moon"], [""]) == 1
+
+
+def test_eval_counts_an_unreadable_clip_as_deleted(trained, dataset):
+    done = run("eval.py", trained[0], "--dataset", dataset)
+    assert re.fullmatch(r"WER [\d.]+ %  \(25 clips, 1 unreadable, .*seed 0.*\)\n", done.stdout), done.stdout
+    assert run("eval.py", trained[0], "--dataset", dataset, "--max-samples", 7).stdout.startswith("WER ")
