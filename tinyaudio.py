@@ -285,8 +285,8 @@ class CTCHead(nn.Module):
         super().__init__()
         self.blank = nn.Parameter(torch.zeros(decoder_dim))
         self.bias = nn.Parameter(torch.zeros(()))
-        # A frame that equals a token's embedding scores about 10 to begin with.
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(10 / (decoder_dim * loudness**2))))
+        # A frame that equals a token's embedding scores 60 to begin with; with much less, spelling is slow to be learned.
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(60 / (decoder_dim * loudness**2))))
         self.register_buffer("tokens", torch.zeros(0, dtype=torch.int32))
 
     def forward(self, audio, embeddings):

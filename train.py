@@ -49,10 +49,11 @@ def parse_args():
     add("--ctc-steps", type=int, default=2000, help="steps of phase 1")
     add("--steps", type=int, default=2000, help="steps of phase 2")
     add("--ctc-weight", type=float, default=0.1, help="share of the CTC loss in phase 2")
-    add("--batch-seconds", type=float, default=240, help="seconds of audio, padding included, per forward pass")
+    add("--batch-seconds", type=float, default=120, help="seconds of audio, padding included, per forward pass")
     add("--accumulate", type=int, default=1, help="forward passes per optimizer step")
     add("--max-seconds", type=float, default=30, help="leave out longer clips")
-    add("--lr", type=float, default=1e-3, help="peak learning rate of each phase")
+    add("--ctc-lr", type=float, default=4e-3, help="peak learning rate of phase 1")
+    add("--lr", type=float, default=1e-3, help="peak learning rate of phase 2")
     add("--warmup", type=int, default=100, help="warm-up steps of each phase")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--mask", type=float, default=0.15, help="share of stacked frames masked while training")
@@ -329,9 +330,10 @@ def main():
         future = loader.submit(prefetch)  # the next step's data, while this one runs
 
         # Each phase has a schedule of its own: linear warm-up, then a cosine down to a twentieth.
-        phase, position, length = (1, step, args.ctc_steps) if step < args.ctc_steps else (2, step - args.ctc_steps, args.steps)
+        phase, peak_lr, position, length = ((1, args.ctc_lr, step, args.ctc_steps) if step < args.ctc_steps else
+                                            (2, args.lr, step - args.ctc_steps, args.steps))
         warmup = min(args.warmup, length // 2)
-        lr = args.lr * ((position + 1) / warmup if position < warmup else
+        lr = peak_lr * ((position + 1) / warmup if position < warmup else
                         0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (position - warmup) / (length - warmup))))
         for group in optimizer.param_groups:
             group["lr"] = lr
