@@ -10,7 +10,6 @@ run keeps what it has; the same command with --resume goes on.
 """
 
 import argparse
-import importlib.metadata
 import json
 import random
 import re
@@ -18,6 +17,7 @@ import subprocess
 import sys
 import time
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import jiwer
@@ -76,7 +76,7 @@ def bootstrap(rows, statistic, draws=1000):
     """95 % interval of a statistic over clips drawn with replacement (Bisani and Ney 2004)."""
     rng = np.random.default_rng(0)
     values = [statistic([rows[i] for i in rng.integers(len(rows), size=len(rows))]) for _ in range(draws)]
-    return np.nanpercentile(values, [2.5, 97.5]).tolist()
+    return np.percentile(values, [2.5, 97.5]).tolist()
 
 
 def marked(reference, hypothesis, normalizer="english"):
@@ -285,7 +285,7 @@ def main():
     progress.close()
 
     summary = summarize(rows, before + time.perf_counter() - start)
-    scorer = f"jiwer {jiwer.__version__}, whisper-normalizer {importlib.metadata.version('whisper-normalizer')} ({args.normalizer})"
+    scorer = f"jiwer {version('jiwer')}, whisper-normalizer {version('whisper-normalizer')} ({args.normalizer})"
     header = ("{checkpoint} on {dataset}: {samples} samples (seed {seed}, {left_out} left out for an empty reference, {failed} failed), "
               "{hours:.2f} h\nWER {wer:.2%} (95 % {low:.2%} to {high:.2%}), {substitutions} substitutions, {deletions} deletions, "
               "{insertions} insertions in {words} words, CER {cer:.2%}\nRTFx {rtfx:.1f}, with loading {rtfx_with_loading:.1f}; {scorer}").format(

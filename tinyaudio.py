@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoTokenizer, logging
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import offline
 from offline import InputError
@@ -164,11 +166,11 @@ class Encoder(nn.Module):
         longest = max(map(len, waves)) / SAMPLE_RATE
         if longest > self.max_seconds:
             raise InputError(f"a clip of {longest:.1f} s is longer than the encoder hears ({self.max_seconds:.0f} s)")
+        encode = self.whisper_frames if self.is_whisper else self.wav2vec2_frames
         if self.one_by_one:
-            frames = pad_sequence([self.wav2vec2_frames([wave])[0][0] for wave in waves], batch_first=True)
-            lengths = self.model._get_feat_extract_output_lengths(torch.tensor([len(wave) for wave in waves]))
-            return frames, lengths.to(frames.device)
-        frames, lengths = self.whisper_frames(waves) if self.is_whisper else self.wav2vec2_frames(waves)
+            frames, lengths = zip(*(encode([wave]) for wave in waves))
+            return pad_sequence([clip[0] for clip in frames], batch_first=True), torch.cat(lengths)
+        frames, lengths = encode(waves)
         return frames * length_mask(lengths, frames.shape[1])[..., None], lengths
 
     def whisper_frames(self, waves):
@@ -184,9 +186,7 @@ class Encoder(nn.Module):
         x = F.gelu(model.conv2(x)).transpose(1, 2)
         x = x + model.embed_positions.weight[:x.shape[1]]
         lengths = (mel_lengths + 1) // 2
-        mask = torch.zeros(len(waves), 1, 1, x.shape[1], dtype=x.dtype, device=x.device)
-        mask = mask.masked_fill(~length_mask(lengths, x.shape[1])[:, None, None], torch.finfo(x.dtype).min)
-        mask = mask.expand(-1, -1, x.shape[1], -1) if (lengths < x.shape[1]).any() else None
+        mask = create_bidirectional_mask(model.config, x, length_mask(lengths, x.shape[1]))
         for layer in model.layers:
             x = layer(x, mask)
         return model.layer_norm(x), lengths
@@ -211,15 +211,12 @@ def load_encoder(name, device=None, dtype=None):
     device, dtype = placement(device, dtype)
     source = locate(name, ENCODERS)
     kind = from_hub(AutoConfig.from_pretrained, source).model_type
-    options = {"dtype": dtype}
-    if kind == "whisper":
-        from transformers.models.whisper.modeling_whisper import WhisperEncoder as model_class
-        options["key_mapping"] = {r"^(model\.)?encoder\.": ""}  # a whole Whisper has its encoder under this prefix
+    if kind == "whisper":  # its decoder is left behind
+        model = from_hub(WhisperEncoder.from_pretrained, source, dtype=dtype, key_mapping={r"^(model\.)?encoder\.": ""})
     elif kind in ("hubert", "wav2vec2", "wavlm"):
-        model_class = AutoModel
+        model = from_hub(AutoModel.from_pretrained, source, dtype=dtype)
     else:
         raise InputError(f"{name} is a {kind} model, not an audio encoder (whisper, hubert, wav2vec2, wavlm)")
-    model = from_hub(model_class.from_pretrained, source, **options)
     return Encoder(model, from_hub(AutoFeatureExtractor.from_pretrained, source)).eval().to(device)
 
 
@@ -242,14 +239,10 @@ class Projector(nn.Module):
 
     Parameters
     ----------
-    encoder_dim, decoder_dim : int
-        D and d.
-    loudness : float
-        RMS of the decoder's embedding table. The last norm starts there, so that sound arrives as loud as words.
-    stack : int
-        k: 50 frames a second become 50 / k.
-    hidden : int, optional
-        Hidden width; by default what makes 13M parameters, and at most twice the encoder's width.
+    encoder_dim, decoder_dim : D and d
+    loudness : RMS of the decoder's embeddings; the last norm starts there, so that sound arrives as loud as words
+    stack : k; 50 frames a second become 50 / k
+    hidden : by default what makes 13M parameters, and at most twice the encoder's width
     """
 
     def __init__(self, encoder_dim, decoder_dim, loudness=1.0, stack=5, hidden=None):

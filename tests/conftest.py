@@ -70,7 +70,23 @@ def toys(tmp_path_factory):
             hf.Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(root / name)
         else:
             toy_tokenizer().save_pretrained(root / name)
-    return {name: str(root / name) for name in {**ENCODERS, **DECODERS}}
+    folders = {name: str(root / name) for name in {**ENCODERS, **DECODERS}}
+    return {**folders, "whisper-own": whisper_with_tokenizer(root / "whisper-own")}
+
+
+def whisper_with_tokenizer(folder):
+    """A Whisper that can be run with its own decoder."""
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(SENTENCES * 10, vocab_size=320, special_tokens=special)
+    hf.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=special[0], pad_token=special[0]).save_pretrained(folder)
+    hf.WhisperFeatureExtractor().save_pretrained(folder)
+    ends = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0, decoder_start_token_id=1)
+    model = hf.WhisperForConditionalGeneration(hf.WhisperConfig(**WHISPER, vocab_size=320, **ends))
+    model.generation_config = hf.GenerationConfig(**ends, is_multilingual=True, lang_to_id={"<|en|>": 2}, task_to_id={"transcribe": 3},
+                                                  no_timestamps_token_id=4, max_length=448)
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 def tone(seconds, seed=0):
@@ -93,6 +109,21 @@ def dataset(tmp_path_factory):
     lines.append('{"audio": "broken.wav", "text": "never heard"}')
     (root / "train.jsonl").write_text("\n".join(lines) + "\n")
     return str(root / "train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def train_flags(toys, dataset):
+    """A run of a few steps of each phase."""
+    return ["--encoder", toys["whisper"], "--decoder", toys["llama"], "--dataset", dataset, "--ctc-steps", 8, "--steps", 8,
+            "--batch-seconds", 6, "--accumulate", 2, "--warmup", 2, "--ctc-lr", 1e-3, "--log-every", 1, "--eval-every", 4,
+            "--val-clips", 3, "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def trained(train_flags, tmp_path_factory):
+    """Folder of a finished toy run, and the process that made it."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    return out, run("train.py", *train_flags, "--out", out)
 
 
 def run(script, *arguments, cwd=None, check=True, **options):
