@@ -79,21 +79,13 @@ def package_file(package, name, sha256):
     return path
 
 
-WHISPER_NAMES = {  # CTranslate2's names -> those of transformers, applied in this order
-    "self_attention/layer_norm": "self_attn_layer_norm",
-    "self_attention/linear_0": "self_attn.qkv_proj",  # q, k and v stacked by rows
-    "self_attention/linear_1": "self_attn.out_proj",
-    "ffn/layer_norm": "final_layer_norm",
-    "ffn/linear_0": "fc1",
-    "ffn/linear_1": "fc2",
-    "position_encodings/encodings": "embed_positions.weight",
-    "gamma": "weight",
-    "beta": "bias",
-    "layer_norm/": "layer_norm.",
-    "layer_": "layers.",
-    "layers.norm": "layer_norm",
-    "/": ".",
-}
+WHISPER_NAMES = [  # CTranslate2's names -> those of transformers, in this order
+    ("self_attention/layer_norm", "self_attn_layer_norm"), ("self_attention/linear_0", "self_attn.qkv_proj"),
+    ("self_attention/linear_1", "self_attn.out_proj"), ("ffn/layer_norm", "final_layer_norm"),
+    ("ffn/linear_0", "fc1"), ("ffn/linear_1", "fc2"), ("position_encodings/encodings", "embed_positions.weight"),
+    ("gamma", "weight"), ("beta", "bias"), ("encoder/layer_norm", "layer_norm"), ("encoder/layer_", "layers."),
+    ("encoder/", ""), ("/", "."),
+]
 
 
 def convert_whisper(parts, target):
@@ -116,16 +108,15 @@ def convert_whisper(parts, target):
         shape, (_, size) = read(f"{rank}I"), read("BI")
         data = file.read(size)
         if name.startswith("encoder/") and rank:  # rank 0: settings, not weights
-            name = name.removeprefix("encoder/")
-            for theirs, ours in WHISPER_NAMES.items():
+            for theirs, ours in WHISPER_NAMES:
                 name = name.replace(theirs, ours)
             weights[name] = torch.from_numpy(np.frombuffer(data, np.float16).reshape(shape).copy())
-    for name in [name for name in weights if "qkv_proj" in name]:
+    for name in [name for name in weights if "qkv_proj" in name]:  # stacked by rows
         for part, rows in zip("qkv", weights.pop(name).chunk(3)):
             weights[name.replace("qkv", part)] = rows.contiguous()
 
-    config = WhisperConfig(d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048, num_mel_bins=80)
-    encoder = WhisperEncoder(config).half()
+    encoder = WhisperEncoder(WhisperConfig(d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048,
+                                           num_mel_bins=80)).half()
     encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})  # Whisper's keys have no bias
     encoder.save_pretrained(target)
     WhisperFeatureExtractor(feature_size=80).save_pretrained(target)
@@ -135,8 +126,7 @@ LLAMA_NAMES = {  # GGUF's names -> those of transformers
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk": "model.layers",
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
 
 
