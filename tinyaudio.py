@@ -496,10 +496,10 @@ class TinyAudio(nn.Module):
         file = Path(folder) / "projector.safetensors"
         try:
             tensors = load_file(file)
-            self.ctc.tokens = tensors["ctc.tokens"].to(self.device)
-            missing = self.load_state_dict(tensors, strict=False).missing_keys
-            if set(missing) & self.trained().keys():
-                raise KeyError(f"lacks {', '.join(sorted(set(missing) & self.trained().keys()))}")
+            if tensors.keys() != self.trained().keys():
+                raise KeyError(f"it holds {', '.join(tensors)}")
+            self.ctc.tokens = tensors["ctc.tokens"].to(self.device)  # of any number
+            self.load_state_dict(tensors, strict=False)
         except Exception as error:
             raise InputError(f"{file} is no checkpoint of this model: {first_line(error)}") from None
 

@@ -127,11 +127,12 @@ def load_waves(clips):
     return waves, good
 
 
-def keep_frames(model, clips, name, batch_seconds):
+def keep_frames(model, clips, batch_seconds):
     """Encode all clips once; sets clip["frames"], (T, D) in bfloat16, in one memory-mapped file in the cache folder."""
-    what = [[clip["name"], len(clip["audio"]) if isinstance(clip["audio"], bytes) else os.path.getmtime(clip["audio"])]
-            for clip in clips]
-    key = hashlib.sha256(json.dumps([name, what]).encode()).hexdigest()[:16]
+    weights = sum(parameter.double().sum().item() for parameter in model.encoder.parameters())
+    sounds = [[clip["name"], len(clip["audio"]) if isinstance(clip["audio"], bytes) else os.path.getmtime(clip["audio"])]
+              for clip in clips]
+    key = hashlib.sha256(json.dumps([weights, sounds]).encode()).hexdigest()[:16]
     file, index = cache_folder() / f"frames-{key}.bf16", cache_folder() / f"frames-{key}.json"
     if not index.exists():
         rows, batches = {}, make_batches([clip["seconds"] for clip in clips], batch_seconds)
@@ -267,7 +268,7 @@ def main():
     size = hours * 3600 * model.encoder.frame_rate * model.encoder.dim * 2 / 1e9
     kept = size <= args.keep_frames
     if kept:
-        clips, val = (keep_frames(model, part, args.encoder, args.batch_seconds) for part in (clips, val))
+        clips, val = (keep_frames(model, part, args.batch_seconds) for part in (clips, val))
     for clip in clips:
         clip["answer"] = model.tokenize(clip["text"])
 

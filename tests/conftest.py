@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,14 @@ from tokenizers import ByteLevelBPETokenizer
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+@pytest.fixture(scope="session", autouse=True)
+def cache():
+    """A cache folder of our own, so that the embedded backbones are converted anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TINYAUDIO_CACHE"] = folder
+        yield Path(folder)
+
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
