@@ -97,18 +97,19 @@ def marked(reference, hypothesis, normalizer="english"):
 
 def read_samples(args):
     """The clips to score, dicts of name, audio (path or bytes) and text, and the name of the set for the output folder."""
-    hub_id, config, split, audio_column, text_column = BENCHMARKS.get(args.dataset, (args.dataset, None, "test", "audio", "text"))
-    local = args.dataset not in BENCHMARKS and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", args.dataset) or Path(args.dataset).exists()
-    if local:
-        if args.config or args.split or args.audio_column or args.text_column:
-            raise InputError("--config, --split, --audio-column and --text-column are for benchmarks and hub ids, not for files")
-        clips = read_clips(args.dataset)
-        random.Random(args.seed).shuffle(clips)
-        return clips[:args.max_samples], re.sub(r"\W+", "-", args.dataset.removesuffix(".jsonl")).strip("-")
-    config, split = args.config or config, args.split or split
-    audio_column, text_column = args.audio_column or audio_column, args.text_column or text_column
-    clips = list(stream(hub_id, config, split, audio_column, text_column, args.max_samples, args.seed))
-    return clips, "-".join(filter(None, [args.dataset.replace("/", "-"), config, split]))
+    asked = (args.config, args.split, args.audio_column, args.text_column)
+    is_file = Path(args.dataset).exists() or Path(args.dataset).suffix in (".jsonl", ".csv", ".tsv", ".parquet")
+    on_hub = args.dataset in BENCHMARKS or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", args.dataset) and not is_file
+    if on_hub:
+        hub_id, *defaults = BENCHMARKS.get(args.dataset, (args.dataset, None, "test", "audio", "text"))
+        config, split, *columns = (a or b for a, b in zip(asked, defaults))
+        clips = list(stream(hub_id, config, split, *columns, args.max_samples, args.seed))
+        return clips, "-".join(filter(None, [args.dataset.replace("/", "-"), config, split]))
+    if any(asked):
+        raise InputError("--config, --split, --audio-column and --text-column are for benchmarks and hub ids, not for files")
+    clips = read_clips(args.dataset)
+    random.Random(args.seed).shuffle(clips)
+    return clips[:args.max_samples], re.sub(r"\W+", "-", Path(args.dataset).with_suffix("").as_posix()).strip("-")
 
 
 def stream(hub_id, config, split, audio_column, text_column, max_samples, seed):
@@ -133,7 +134,7 @@ def stream(hub_id, config, split, audio_column, text_column, max_samples, seed):
 
 
 def load_recognizer(name, decode, device):
-    """A function from waves to texts, and what to call its encoder, decoder and trained size in a leaderboard."""
+    """A function from waves to texts; and its encoder, decoder and number of trained parameters."""
     folder = Path(name)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
