@@ -72,12 +72,12 @@ def from_hub(load, source, **options):
     except (OSError, ValueError, KeyError) as error:
         if Path(source).is_dir():
             raise InputError(f"{source} holds no usable model: {first_line(error)}") from None
-        raise InputError(f"cannot get {source} from the Hugging Face Hub; without a network use the embedded pair, "
-                         f"--encoder whisper-base --decoder smollm2-135m ({first_line(error)})") from None
+        raise InputError(f"cannot get {source} from the Hugging Face Hub ({first_line(error)}); the embedded pair, "
+                         "--encoder whisper-base --decoder smollm2-135m, needs no download") from None
 
 
 def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def placement(device=None, dtype=None):
@@ -116,7 +116,7 @@ def load_audio(source, sample_rate=SAMPLE_RATE):
     except soundfile.LibsndfileError as error:
         raise InputError(f"{name}: not audio that can be read ({error.error_string.strip().rstrip('.')})") from None
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{name}: {getattr(error, 'strerror', None) or first_line(error)}") from None
+        raise InputError(f"{name}: {first_line(error)}") from None
     if samples.ndim == 2:
         samples = samples.mean(axis=1)
     if samples.size == 0:

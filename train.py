@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from eval import corpus_wer
 from offline import cache_folder
-from tinyaudio import InputError, TinyAudio, load_audio, make_batches, read_clips, write_whole
+from tinyaudio import InputError, TinyAudio, first_line, load_audio, make_batches, read_clips, write_whole
 
 
 def parse_args():
@@ -72,7 +72,7 @@ def parse_args():
         try:
             state = torch.load(Path(args.resume) / "state.pt", map_location="cpu", weights_only=True)
         except Exception as error:
-            raise InputError(f"{args.resume} has no run to resume ({error})") from None
+            raise InputError(f"{args.resume} has no run to resume ({first_line(error)})") from None
         return argparse.Namespace(**{**state["args"], "out": args.resume}), state
     if not args.dataset:
         parser.error("--dataset is needed")
