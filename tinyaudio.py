@@ -395,7 +395,7 @@ class TinyAudio(nn.Module):
     def embed_prompt(self, audio, counts, task="transcribe"):
         """List of B tensors (prefix + count + suffix, d), in the decoder's dtype: what stands before the answer."""
         prefix, suffix = (self.embed(torch.tensor(ids, dtype=torch.long, device=self.device)) for ids in self.prompt(task))
-        return [torch.cat([prefix, clip[:count].to(prefix.dtype), suffix]) for clip, count in zip(audio, counts)]
+        return [torch.cat([prefix, clip[:count].to(prefix.dtype), suffix]) for clip, count in zip(audio, counts.tolist())]
 
     # --------------------------------------------------------------------------------------------------- generate
 
@@ -403,7 +403,7 @@ class TinyAudio(nn.Module):
     def spell(self, audio, counts):
         """Greedy CTC: audio (B, N, d), counts (B,) -> B lists of token ids. The decoder is not run."""
         best = self.ctc(audio, self.embed.weight).argmax(-1)
-        paths = [torch.unique_consecutive(path[:count]) for path, count in zip(best, counts)]
+        paths = [torch.unique_consecutive(path[:count]) for path, count in zip(best, counts.tolist())]
         return [self.ctc.tokens[path[path > 0] - 1].tolist() for path in paths]
 
     @torch.no_grad()
