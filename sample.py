@@ -44,3 +44,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except InputError as error:
         sys.exit(f"sample.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -22,6 +22,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import soundfile
 import soxr
 import torch
@@ -461,14 +462,11 @@ class TinyAudio(nn.Module):
 
     def save(self, path):
         """Write the trained part: `projector.safetensors` (matrices in bfloat16) and `config.json`, a few MB."""
-        from safetensors.torch import save_file
-
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        config = {**self.names, "stack": self.projector.stack, "hidden": self.projector.hidden,
-                  "decode": self.decode}
+        config = {**self.names, "stack": self.projector.stack, "hidden": self.projector.hidden, "decode": self.decode}
         tensors = {name: tensor.bfloat16() if tensor.ndim == 2 else tensor for name, tensor in self.trained().items()}
-        write_whole(path / "projector.safetensors", lambda file: save_file(tensors, file))
+        write_whole(path / "projector.safetensors", lambda file: file.write_bytes(safetensors.torch.save(tensors)))
         write_whole(path / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
 
     @classmethod
@@ -491,11 +489,9 @@ class TinyAudio(nn.Module):
 
     def load_trained(self, folder):
         """Take over the trained tensors of a checkpoint folder, e.g. to train them further on other data."""
-        from safetensors.torch import load_file
-
         file = Path(folder) / "projector.safetensors"
         try:
-            tensors = load_file(file)
+            tensors = safetensors.torch.load_file(file)
             if tensors.keys() != self.trained().keys():
                 raise KeyError(f"it holds {', '.join(tensors)}")
             self.ctc.tokens = tensors["ctc.tokens"].to(self.device)  # of any number

@@ -392,5 +392,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:  # once training has begun, Ctrl-C saves and stops
+        sys.exit("train.py: interrupted before the first step")
