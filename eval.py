@@ -11,6 +11,7 @@ run keeps what it has; the same command with --resume goes on.
 
 import argparse
 import json
+import math
 import random
 import re
 import subprocess
@@ -26,8 +27,8 @@ from tqdm import tqdm
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from tinyaudio import (SAMPLE_RATE, InputError, TinyAudio, first_line, from_hub, load_audio, make_batches, placement,
-                       read_clips, write_whole)
+from tinyaudio import (SAMPLE_RATE, InputError, TinyAudio, clean_text, first_line, from_hub, load_audio, make_batches,
+                       placement, read_clips, read_whole_rows, split_audio, write_whole)
 
 ESB = "hf-audio/esb-datasets-test-only-sorted"  # the test sets of the Open ASR Leaderboard
 BENCHMARKS = {  # name -> hub id, config, split, audio column, text column
@@ -56,9 +57,10 @@ def corpus_wer(references, hypotheses, normalizer="english"):
 
 def score(reference, hypothesis, normalizer="english"):
     """Counts of one clip: words, characters, substitutions, deletions, insertions, errors, character errors."""
+    ignored = reference.replace("_", " ").lower().strip() == IGNORED
     reference, hypothesis = NORMALIZERS[normalizer](reference), NORMALIZERS[normalizer](hypothesis)
-    if not reference or reference == IGNORED:
-        return {"words": 0, "characters": 0, "substitutions": 0, "deletions": 0, "insertions": 0, "errors": 0, "character_errors": 0}
+    if ignored or not reference:
+        return dict.fromkeys(("words", "characters", "substitutions", "deletions", "insertions", "errors", "character_errors"), 0)
     words, characters = jiwer.process_words(reference, hypothesis), jiwer.process_characters(reference, hypothesis)
     return {"words": len(reference.split()), "characters": len(reference),
             "substitutions": words.substitutions, "deletions": words.deletions, "insertions": words.insertions,
@@ -103,7 +105,7 @@ def read_samples(args):
     if on_hub:
         hub_id, *defaults = BENCHMARKS.get(args.dataset, (args.dataset, None, "test", "audio", "text"))
         config, split, *columns = (a or b for a, b in zip(asked, defaults))
-        clips = list(stream(hub_id, config, split, *columns, args.max_samples, args.seed))
+        clips = from_hub(lambda source: stream(source, config, split, *columns, args.max_samples, args.seed), hub_id)
         return clips, "-".join(filter(None, [args.dataset.replace("/", "-"), config, split]))
     if any(asked):
         raise InputError("--config, --split, --audio-column and --text-column are for benchmarks and hub ids, not for files")
@@ -113,21 +115,25 @@ def read_samples(args):
 
 
 def stream(hub_id, config, split, audio_column, text_column, max_samples, seed):
-    """Random clips of a dataset on the Hub. The audio stays encoded until `load_audio` decodes it."""
+    """Random clips of a dataset on the Hub, each equally likely, by reservoir sampling over the whole split; all of them if
+    max_samples is None. The audio stays encoded until `load_audio` decodes it."""
     from datasets import Audio, load_dataset
 
-    data = from_hub(lambda source: load_dataset(source, config, split=split, streaming=True), hub_id)
+    data = load_dataset(hub_id, config, split=split, streaming=True)
     columns = data.column_names or list(next(iter(data)))
     for column in (audio_column, text_column):
         if column not in columns:
             raise InputError(f"{hub_id} has no column {column}, but {', '.join(columns)}: --audio-column, --text-column")
     data = data.select_columns([audio_column, text_column]).cast_column(audio_column, Audio(decode=False))
-    if max_samples:
-        data = data.shuffle(seed=seed, buffer_size=10_000).take(max_samples)
+    rng, clips = random.Random(seed), []
     for number, row in enumerate(data):
-        audio = row[audio_column] or {}
-        yield {"name": f"{audio.get('path') or hub_id}#{number}", "audio": audio.get("bytes") or audio.get("path"),
-               "text": row[text_column] or ""}
+        place = number if len(clips) < (max_samples or math.inf) else rng.randrange(number + 1)
+        if place < (max_samples or math.inf):
+            audio = row[audio_column] or {}
+            clips[place:place + 1] = [{"name": f"{hub_id}#{number}", "audio": audio.get("bytes") or audio.get("path"),
+                                       "text": clean_text(row[text_column] or "")}]
+    rng.shuffle(clips)
+    return clips
 
 
 # ------------------------------------------------------------------------------------------------------ recognisers
@@ -160,11 +166,11 @@ def whisper_recognizer(name, device):
     language = {"language": "en", "task": "transcribe"} if model.generation_config.is_multilingual else {}
 
     def transcribe(waves):
-        if any(len(wave) > 30 * SAMPLE_RATE for wave in waves):
-            raise InputError("the Whisper baseline hears 30 s at once: leave out longer clips")
-        mel = extractor(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features.to(device, dtype)
+        pieces = [split_audio(wave) for wave in waves]
+        mel = extractor(sum(pieces, []), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features.to(device, dtype)
         ids = model.generate(mel, do_sample=False, num_beams=1, max_new_tokens=440, **language)
-        return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        texts = iter(tokenizer.batch_decode(ids, skip_special_tokens=True))
+        return [" ".join(next(texts).strip() for _ in clip) for clip in pieces]
 
     return transcribe
 
@@ -258,17 +264,18 @@ def main():
     clips, dataset = read_samples(args)
     out = Path(args.out or f"outputs/eval_{dataset}_{re.sub(r'[^A-Za-z0-9.]+', '-', args.checkpoint).strip('-')}")
     rows_file = out / "results.jsonl"
-    rows = [json.loads(line) for line in rows_file.read_text().splitlines()] if args.resume and rows_file.exists() else []
-    if [row["name"] for row in rows] != [clip["name"] for clip in clips[:len(rows)]]:
+    rows = read_whole_rows(rows_file) if args.resume and rows_file.exists() else []
+    if [(row["name"], row["reference"]) for row in rows] != [(clip["name"], clip["text"]) for clip in clips[:len(rows)]]:
         raise InputError(f"{rows_file} holds results of other clips: run without --resume")
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(rows_file, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+    rows = [{**row, **score(row["reference"], row["hypothesis"], args.normalizer)} for row in rows]
     start, before = time.perf_counter(), sum(row["wall"] for row in rows)
     recognizer, (encoder, decoder, trained) = load_recognizer(args.checkpoint, args.decode, args.device)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(rows_file, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows)))
 
     progress = tqdm(total=len(clips), initial=len(rows), unit="clip")
     while len(rows) < len(clips):
-        chunk = clips[len(rows):len(rows) + 100 - len(rows) % 100]
+        chunk = clips[len(rows):len(rows) + 20 - len(rows) % 20]  # what an interruption can lose
         began = time.perf_counter()
         results = recognize(chunk, recognizer, args.batch_seconds)
         wall = (time.perf_counter() - began) / len(chunk)
@@ -281,17 +288,18 @@ def main():
         with open(rows_file, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows[-len(chunk):])
         progress.update(len(chunk))
-        tqdm.write(f"CHECKPOINT @ {len(rows)} samples: WER = {ratio(rows, 'errors', 'words'):.2%}, "
-                   f"average time = {sum(row['time'] for row in rows) / len(rows):.2f}s")
+        if len(rows) % 100 == 0 or len(rows) == len(clips):
+            tqdm.write(f"CHECKPOINT @ {len(rows)} samples: WER = {ratio(rows, 'errors', 'words'):.2%}, "
+                       f"average time = {sum(row['time'] for row in rows) / len(rows):.2f}s")
     progress.close()
 
     summary = summarize(rows, before + time.perf_counter() - start)
     scorer = f"jiwer {version('jiwer')}, whisper-normalizer {version('whisper-normalizer')} ({args.normalizer})"
     header = ("{checkpoint} on {dataset}: {samples} samples (seed {seed}, {left_out} left out for an empty reference, {failed} failed), "
-              "{hours:.2f} h\nWER {wer:.2%} (95 % {low:.2%} to {high:.2%}), {substitutions} substitutions, {deletions} deletions, "
+              "{seconds:.0f} s of audio\nWER {wer:.2%} (95 % {low:.2%} to {high:.2%}), {substitutions} substitutions, {deletions} deletions, "
               "{insertions} insertions in {words} words, CER {cer:.2%}\nRTFx {rtfx:.1f}, with loading {rtfx_with_loading:.1f}; {scorer}").format(
-                  checkpoint=args.checkpoint, dataset=dataset, seed=args.seed, hours=summary["seconds"] / 3600,
-                  low=summary["interval"][0], high=summary["interval"][1], scorer=scorer, **summary)
+                  checkpoint=args.checkpoint, dataset=dataset, seed=args.seed, low=summary["interval"][0],
+                  high=summary["interval"][1], scorer=scorer, **summary)
     print(header)
     predictions = "".join(f"\n{row['name']}\nRef:  {row['reference']}\nPred: {row['hypothesis']}\n" for row in rows)
     write_whole(out / "results.txt", lambda path: path.write_text(header + "\n" + predictions))
@@ -309,7 +317,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"eval.py: {error}")
     except KeyboardInterrupt:
         sys.exit("eval.py: interrupted; the same command with --resume goes on")

@@ -62,19 +62,30 @@ def locate(name, names):
     if name in names or Path(name).is_dir():
         return names.get(name, name)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise InputError(f"{name} is no model: use one of {', '.join(names)}, a hub id (owner/name) or a local folder")
+        raise InputError(f"{name} is no model: use {''.join(f'{known}, ' for known in names)}a hub id (owner/name) or a local folder")
     return name
 
 
 def from_hub(load, source, **options):
-    """`load(source, **options)`, with the many ways in which a download fails told in one line."""
+    """`load(source, **options)`, with the many ways in which that fails told in one line."""
     try:
         return load(source, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except InputError:
+        raise
+    except Exception as error:
         if Path(source).is_dir():
             raise InputError(f"{source} holds no usable model: {first_line(error)}") from None
         raise InputError(f"cannot get {source} from the Hugging Face Hub ({first_line(error)}); the embedded pair, "
-                         "--encoder whisper-base --decoder smollm2-135m, needs no download") from None
+                         "whisper-base and smollm2-135m, needs no download") from None
+
+
+def load_model(model_class, source, **options):
+    """A pretrained model, whole: weights that its files lack would otherwise stay random without a word."""
+    model, report = from_hub(model_class.from_pretrained, source, output_loading_info=True, **options)
+    missing = sorted(name for name in report["missing_keys"] if not name.endswith("masked_spec_embed"))  # unused in eval mode
+    if missing:
+        raise InputError(f"{source} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}")
+    return model.eval().requires_grad_(False)
 
 
 def first_line(error):
@@ -84,7 +95,10 @@ def first_line(error):
 def placement(device=None, dtype=None):
     """Where the frozen parts go: the best device, in bfloat16; or float32 on a CPU for which bfloat16 is slower."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(device or best)
+    try:
+        device = torch.empty(0, device=device or best).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"no device {device} here: {first_line(error)}") from None
     slow = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
     return device, dtype or (torch.float32 if slow else torch.bfloat16)
 
@@ -99,7 +113,8 @@ def load_audio(source, sample_rate=SAMPLE_RATE):
 
     Parameters
     ----------
-    source : path, bytes or file object (wav, flac, mp3, ogg/opus, ...), or array (samples,) or (samples, channels)
+    source : path, bytes or file object (wav, flac, mp3, ogg/opus, ...), or array (samples,) or (samples, channels),
+        float in [-1, 1] or signed integer
     sample_rate : of an array, in Hz; files carry their own
 
     Raises InputError if the source is missing, empty, not audio, or holds samples that are not numbers.
@@ -113,14 +128,16 @@ def load_audio(source, sample_rate=SAMPLE_RATE):
         if hasattr(source, "read"):
             samples, sample_rate = soundfile.read(source, dtype="float32")
         else:
-            samples = np.asarray(source, dtype=np.float32)
+            samples = np.asarray(source)
+            scale = -np.iinfo(samples.dtype).min if np.issubdtype(samples.dtype, np.signedinteger) else 1
+            samples = samples.astype(np.float32) / scale
     except soundfile.LibsndfileError as error:
         raise InputError(f"{name}: not audio that can be read ({error.error_string.strip().rstrip('.')})") from None
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{name}: {first_line(error)}") from None
     if samples.ndim == 2:
         samples = samples.mean(axis=1)
-    if samples.size == 0:
+    if samples.ndim != 1 or samples.size == 0:
         raise InputError(f"{name}: no sound in it (0 samples)")
     if not np.isfinite(samples).all():
         raise InputError(f"{name}: holds samples that are not numbers (NaN or infinity)")
@@ -152,7 +169,7 @@ class Encoder(nn.Module):
 
     def __init__(self, model, extractor):
         super().__init__()
-        self.model, self.extractor = model.eval().requires_grad_(False), extractor
+        self.model, self.extractor = model, extractor
         self.is_whisper = model.config.model_type == "whisper"
         self.dim = model.config.d_model if self.is_whisper else model.config.hidden_size
         self.max_seconds = model.config.max_source_positions / self.frame_rate if self.is_whisper else math.inf
@@ -177,7 +194,8 @@ class Encoder(nn.Module):
     def whisper_frames(self, waves):
         """`WhisperEncoder.forward`, which insists on 30 s, taken apart (Radford et al. 2022)."""
         model = self.model
-        mels = [self.extractor(wave, sampling_rate=SAMPLE_RATE, padding="do_not_pad", return_tensors="pt")
+        where = "cuda" if model.device.type == "cuda" else "cpu"
+        mels = [self.extractor(wave, sampling_rate=SAMPLE_RATE, padding="do_not_pad", return_tensors="pt", device=where)
                 .input_features[0].T for wave in waves]
         mel_lengths = torch.tensor([len(mel) for mel in mels], device=model.device)
         mel = pad_sequence(mels, batch_first=True).to(model.device, model.dtype)
@@ -213,9 +231,9 @@ def load_encoder(name, device=None, dtype=None):
     source = locate(name, ENCODERS)
     kind = from_hub(AutoConfig.from_pretrained, source).model_type
     if kind == "whisper":  # its decoder is left behind
-        model = from_hub(WhisperEncoder.from_pretrained, source, dtype=dtype, key_mapping={r"^(model\.)?encoder\.": ""})
+        model = load_model(WhisperEncoder, source, dtype=dtype, key_mapping={r"^(model\.)?encoder\.": ""})
     elif kind in ("hubert", "wav2vec2", "wavlm"):
-        model = from_hub(AutoModel.from_pretrained, source, dtype=dtype)
+        model = load_model(AutoModel, source, dtype=dtype)
     else:
         raise InputError(f"{name} is a {kind} model, not an audio encoder (whisper, hubert, wav2vec2, wavlm)")
     return Encoder(model, from_hub(AutoFeatureExtractor.from_pretrained, source)).eval().to(device)
@@ -228,8 +246,7 @@ def load_decoder(name, device=None, dtype=None):
     tokenizer = from_hub(AutoTokenizer.from_pretrained, source)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise InputError(f"{name} has no chat template or no end token: use an instruction-tuned model")
-    decoder = from_hub(AutoModelForCausalLM.from_pretrained, source, dtype=dtype)
-    return decoder.eval().requires_grad_(False).to(device), tokenizer
+    return load_model(AutoModelForCausalLM, source, dtype=dtype).to(device), tokenizer
 
 
 # -------------------------------------------------------------------------------------------------------- projector
@@ -332,7 +349,7 @@ class TinyAudio(nn.Module):
         # Some templates print today's date; the prompt must not change from day to day.
         template = re.sub(r"strftime_now\([^()]*\)", "''", self.tokenizer.get_chat_template())
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False, "chat_template": template}
-        try:  # with an empty system message, for which some templates would put a long one of their own
+        try:  # an empty system message stands in the place of the long default that some templates have
             text = self.tokenizer.apply_chat_template(messages, **options)
         except Exception:  # each template raises what it likes at a role that it does not know
             text = self.tokenizer.apply_chat_template(messages[1:], **options)
@@ -342,7 +359,8 @@ class TinyAudio(nn.Module):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def detokenize(self, ids):
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return " ".join(text.split())
 
     def spell_with(self, texts):
         """Choose the tokens of the CTC head: those of the texts, and every single character with and without a space,
@@ -355,28 +373,29 @@ class TinyAudio(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------- loss
 
-    def loss(self, frames, lengths, answers, ctc_weight=0.1):
+    def loss(self, frames, lengths, answers, ctc_weight=0.1, lm_weight=1.0):
         """Loss of a batch, summed over the tokens of its answers, and its two parts for the log.
 
         Parameters
         ----------
         frames (B, T, D), lengths (B,) : of the encoder
         answers : B lists of token ids, without the end token
-        ctc_weight : 1 is phase 1, spelling, in which the decoder is not run; below 1, the decoder's cross-entropy is added
+        ctc_weight, lm_weight : of the two parts; what has no weight is not computed
         """
         audio, counts = self.projector(frames, lengths)
         ctc = self.ctc_loss(audio, counts, answers) if ctc_weight else torch.zeros((), device=self.device)
-        lm = self.lm_loss(audio, counts, answers) if ctc_weight < 1 else torch.zeros((), device=self.device)
-        return lm + ctc_weight * ctc, {"ctc": ctc.detach(), "lm": lm.detach()}
+        lm = self.lm_loss(audio, counts, answers) if lm_weight else torch.zeros((), device=self.device)
+        return ctc_weight * ctc + lm_weight * lm, {"ctc": ctc.detach(), "lm": lm.detach()}
 
     def ctc_loss(self, audio, counts, answers):
         """Summed CTC loss; an answer that has more tokens than the clip has frames counts as zero."""
-        logits = self.ctc(audio, self.embed.weight)
+        log_probs = self.ctc(audio, self.embed.weight).log_softmax(-1).transpose(0, 1)
         flat = torch.tensor(sum(answers, []), dtype=torch.int32, device=self.device)
         classes = torch.searchsorted(self.ctc.tokens, flat) + 1
         sizes = torch.tensor([len(answer) for answer in answers], device=self.device)
-        return F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), classes, counts, sizes,
-                          reduction="sum", zero_infinity=True)
+        if self.device.type == "mps":  # which has no CTC loss of its own
+            log_probs, classes, counts, sizes = (tensor.cpu() for tensor in (log_probs, classes, counts, sizes))
+        return F.ctc_loss(log_probs, classes, counts, sizes, reduction="sum", zero_infinity=True).to(self.device)
 
     def lm_loss(self, audio, counts, answers):
         """Summed cross-entropy of the answers and their end token, given the audio."""
@@ -507,6 +526,12 @@ def write_whole(path, write):
     unfinished.replace(path)
 
 
+def read_whole_rows(path):
+    """The rows of a .jsonl that one of the scripts wrote, without a last one that a crash left unfinished."""
+    lines = Path(path).read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
 def loop_length(ids):
     """How many tokens at the end of `ids` only repeat what stands before them, if that is a loop (else 0): the same
     1 to 12 tokens four times over and at least eight tokens long."""
@@ -520,6 +545,7 @@ def loop_length(ids):
 # ------------------------------------------------------------------------------------------------------------- data
 
 TAGS = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}  # as GigaSpeech writes them
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 
 
 def clean_text(text):
@@ -536,13 +562,12 @@ def read_clips(pattern):
 
     Parameters: pattern, a path, glob or comma-separated list of them. Relative audio paths start at the file's folder;
     in a folder each audio file has its text beside it, in a .txt of the same name.
-    Returns a list of dicts: name, audio (path or bytes), text (cleaned), and all other columns as they are.
+    Returns a list of dicts: name, audio (path or bytes), text (cleaned).
     Raises InputError for a file that is missing, of another kind, or without these columns.
     """
     clips = []
-    for part in pattern.split(","):
-        files = sorted(glob.glob(part, recursive=True)) or [part]
-        for file in map(Path, files):
+    for part in [pattern] if Path(pattern).exists() else map(str.strip, pattern.split(",")):
+        for file in map(Path, sorted(glob.glob(part, recursive=True)) or [part]):
             for number, row in enumerate(read_rows(file), 1):
                 if not isinstance(row, dict) or not {"audio", "text"} <= row.keys():
                     raise InputError(f"{file}: row {number} has no column audio or no column text")
@@ -552,7 +577,7 @@ def read_clips(pattern):
                 if isinstance(audio, str):
                     audio = str(file.parent / audio)
                 name = audio if isinstance(audio, str) else f"{file}#{number}"
-                clips.append({**row, "name": name, "audio": audio, "text": clean_text(row["text"] or "")})
+                clips.append({"name": name, "audio": audio, "text": clean_text("" if row["text"] is None else str(row["text"]))})
     return clips
 
 
@@ -561,17 +586,19 @@ def read_rows(file):
     try:
         if file.is_dir():
             texts = sorted(file.rglob("*.txt"))
-            return [{"audio": str(audio.relative_to(file.parent)), "text": text.read_text()} for text in texts
-                    for audio in sorted(text.parent.glob(f"{glob.escape(text.stem)}.*")) if audio != text]
+            return [{"audio": str(text.with_suffix(suffix).relative_to(file.parent)), "text": text.read_text("utf-8-sig")}
+                    for text in texts for suffix in AUDIO_SUFFIXES if text.with_suffix(suffix).exists()]
         if file.suffix == ".jsonl":
-            return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+            with open(file, encoding="utf-8-sig") as lines:
+                return [json.loads(line) for line in lines if line.strip()]
         if file.suffix in (".csv", ".tsv"):
-            with open(file, newline="") as lines:
-                return list(csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ","))
+            with open(file, newline="", encoding="utf-8-sig") as lines:
+                return list(csv.DictReader(lines) if file.suffix == ".csv" else
+                            csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
         if file.suffix == ".parquet":
             import pyarrow.parquet
             return pyarrow.parquet.read_table(file).to_pylist()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{file}: {first_line(error)}") from None
     raise InputError(f"{file}: no such file, or not .jsonl, .csv, .tsv, .parquet or a folder")
 

@@ -10,11 +10,9 @@ Ctrl-C or SIGTERM saves and stops; what is in --out can be used at any time.
 """
 
 import argparse
-import hashlib
 import io
 import json
 import math
-import os
 import random
 import signal
 import sys
@@ -30,8 +28,14 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from eval import corpus_wer
-from offline import cache_folder
-from tinyaudio import InputError, TinyAudio, first_line, load_audio, make_batches, read_clips, write_whole
+from tinyaudio import (SAMPLE_RATE, InputError, TinyAudio, first_line, load_audio, make_batches, read_clips, read_whole_rows,
+                       write_whole)
+
+
+def positive(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def parse_args():
@@ -44,13 +48,13 @@ def parse_args():
     add("--out", default="out", help="folder of the checkpoint and log.jsonl")
     add("--resume", metavar="OUT", help="go on with an interrupted run, exactly; takes no other flag")
     add("--init-from", metavar="CKPT", help="start from a trained checkpoint instead of from nothing")
-    add("--stack", type=int, default=5, help="encoder frames per projector frame")
+    add("--stack", type=positive, default=5, help="encoder frames per projector frame")
     add("--hidden", type=int, help="hidden width of the projector (by default about 13M parameters)")
     add("--ctc-steps", type=int, default=2000, help="steps of phase 1")
     add("--steps", type=int, default=2000, help="steps of phase 2")
-    add("--ctc-weight", type=float, default=0.1, help="share of the CTC loss in phase 2")
+    add("--ctc-weight", type=float, default=0.1, help="weight of the CTC loss in phase 2, if there was a phase 1")
     add("--batch-seconds", type=float, default=120, help="seconds of audio, padding included, per forward pass")
-    add("--accumulate", type=int, default=1, help="forward passes per optimizer step")
+    add("--accumulate", type=positive, default=1, help="forward passes per optimizer step")
     add("--max-seconds", type=float, default=30, help="leave out longer clips")
     add("--ctc-lr", type=float, default=4e-3, help="peak learning rate of phase 1")
     add("--lr", type=float, default=1e-3, help="peak learning rate of phase 2")
@@ -58,16 +62,16 @@ def parse_args():
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--mask", type=float, default=0.15, help="share of stacked frames masked while training")
     add("--dropout", type=float, default=0.15, help="dropout in the projector")
-    add("--keep-frames", type=float, default=8, metavar="GB",
-        help="encode the data once and keep the frames on disk if they take at most this much")
-    add("--log-every", type=int, default=20, help="steps between log lines")
-    add("--eval-every", type=int, default=500, help="steps between validations, each of which saves a checkpoint")
-    add("--val-clips", type=int, default=50, help="clips to validate on")
+    add("--keep-frames", type=float, default=4, metavar="GB",
+        help="encode the data once and keep the frames in memory if they take at most this much")
+    add("--log-every", type=positive, default=20, help="steps between log lines")
+    add("--eval-every", type=positive, default=500, help="steps between validations, each of which saves a checkpoint")
+    add("--val-clips", type=positive, default=50, help="clips to validate on")
     add("--device", help="cuda, mps or cpu; by default the best there is")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.resume:
-        if len(sys.argv) != 3:
+        if any(value != parser.get_default(name) for name, value in vars(args).items() if name != "resume"):
             parser.error("--resume takes no other flag: the run goes on as it was started")
         try:
             state = torch.load(Path(args.resume) / "state.pt", map_location="cpu", weights_only=True)
@@ -119,6 +123,8 @@ def load_waves(clips):
     for clip in clips:
         try:
             waves.append(load_audio(clip["audio"]))
+            if len(waves[-1]) / SAMPLE_RATE > clip["seconds"] + 0.1:
+                raise InputError(f"{len(waves.pop()) / SAMPLE_RATE:.1f} s long, more than its header says")
             good.append(clip)
         except InputError as error:
             if not clip.get("broken"):
@@ -128,34 +134,13 @@ def load_waves(clips):
 
 
 def keep_frames(model, clips, batch_seconds):
-    """Encode all clips once; sets clip["frames"], (T, D) in bfloat16, in one memory-mapped file in the cache folder."""
-    weights = sum(parameter.double().sum().item() for parameter in model.encoder.parameters())
-    sounds = [[clip["name"], len(clip["audio"]) if isinstance(clip["audio"], bytes) else os.path.getmtime(clip["audio"])]
-              for clip in clips]
-    key = hashlib.sha256(json.dumps([weights, sounds]).encode()).hexdigest()[:16]
-    file, index = cache_folder() / f"frames-{key}.bf16", cache_folder() / f"frames-{key}.json"
-    if not index.exists():
-        rows, batches = {}, make_batches([clip["seconds"] for clip in clips], batch_seconds)
-        unfinished = Path(f"{file}.{os.getpid()}")
-        try:
-            with open(unfinished, "wb") as out, tqdm(total=len(clips), unit="clip", desc="encoding, once") as progress:
-                for batch in batches:
-                    waves, good = load_waves([clips[i] for i in batch])
-                    frames, lengths = model.encoder(waves) if good else ((), ())
-                    for clip, clip_frames, length in zip(good, frames, lengths):
-                        rows[clip["name"]] = [out.tell() // (2 * model.encoder.dim), int(length)]
-                        out.write(clip_frames[:length].to("cpu", torch.bfloat16).contiguous().view(torch.uint16).numpy())
-                    progress.update(len(batch))
-            unfinished.replace(file)
-            write_whole(index, lambda path: path.write_text(json.dumps(rows)))
-        finally:
-            unfinished.unlink(missing_ok=True)
-    rows = json.loads(index.read_text())
-    frames = torch.from_file(str(file), size=file.stat().st_size // 2, dtype=torch.bfloat16).view(-1, model.encoder.dim)
-    for clip in clips:
-        if clip["name"] in rows:
-            start, length = rows[clip["name"]]
-            clip["frames"] = frames[start:start + length]
+    """Encode all clips once; sets clip["frames"], (T, D) in bfloat16, in memory. Returns those that could be decoded."""
+    with tqdm(total=len(clips), unit="clip", desc="encoding, once", file=sys.stderr) as progress:
+        for batch in make_batches([clip["seconds"] for clip in clips], batch_seconds):
+            waves, good = load_waves([clips[i] for i in batch])
+            for clip, frames, length in zip(good, *(model.encoder(waves) if good else ((), ()))):
+                clip["frames"] = frames[:length].to("cpu", torch.bfloat16, copy=True)
+            progress.update(len(batch))
     return [clip for clip in clips if "frames" in clip]
 
 
@@ -176,7 +161,7 @@ def collate(batch):
     thread of its own while the step before is computed."""
     if "frames" in batch[0]:
         frames = [clip["frames"] for clip in batch]
-        return (pad_sequence(frames, batch_first=True).float(), torch.tensor([len(clip) for clip in frames])), batch
+        return (pad_sequence(frames, batch_first=True), torch.tensor([len(clip) for clip in frames])), batch
     return load_waves(batch)
 
 
@@ -184,7 +169,7 @@ def encode(model, inputs):
     """What `collate` made of a batch -> frames (B, T, D), lengths (B,) on the model's device."""
     if isinstance(inputs, list):
         return model.encoder(inputs)
-    return tuple(tensor.to(model.device, non_blocking=True) for tensor in inputs)
+    return tuple(tensor.to(model.device) for tensor in inputs)
 
 
 # ------------------------------------------------------------------------------------------------------ measurement
@@ -202,7 +187,7 @@ def matmul_flops(device, dtype):
     return 2 * size**3 / best
 
 
-def model_flops(model, lengths, answers, ctc_weight, encoded):
+def model_flops(model, lengths, answers, ctc_weight, lm_weight, encoded):
     """FLOPs that a step needs: 2 per frozen parameter and position forward, 2 more where gradients pass through it,
     6 per trained parameter."""
     positions = sum(-(-length // model.projector.stack) for length in lengths)
@@ -212,7 +197,7 @@ def model_flops(model, lengths, answers, ctc_weight, encoded):
         flops += 2 * sum(lengths) * sum(p.numel() for p in model.encoder.parameters())
     if ctc_weight:
         flops += 4 * positions * width * len(model.ctc.tokens)
-    if ctc_weight < 1:
+    if lm_weight:
         words, prompt = sum(map(len, answers)), sum(map(len, model.prompt()))
         body = sum(p.numel() for p in model.decoder.base_model.parameters()) - model.embed.weight.numel()
         flops += 4 * body * (positions + words + prompt * len(answers))
@@ -243,21 +228,22 @@ def validate(model, clips, batch_seconds, through_decoder):
 
 
 def main():
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line when it is written
     args, state = parse_args()
     torch.manual_seed(args.seed)
     out = Path(args.out)
 
-    clips = measure(read_clips(args.dataset), args.max_seconds)
-    random.Random(args.seed).shuffle(clips)
-    if args.val:
-        val = measure(read_clips(args.val), args.max_seconds)
-        val = random.Random(args.seed).sample(val, min(args.val_clips, len(val)))
-    else:
-        held_out = min(args.val_clips, len(clips) // 10)
-        val, clips = clips[:held_out], clips[held_out:]
-
+    clips, val = read_clips(args.dataset), read_clips(args.val) if args.val else []
     model = TinyAudio(args.encoder, args.decoder, args.stack, args.hidden, device=args.device)
-    if args.init_from:
+    longest = min(args.max_seconds, model.encoder.max_seconds)
+    clips, val = measure(clips, longest), measure(val, longest) if val else []
+    random.Random(args.seed).shuffle(clips)
+    random.Random(args.seed).shuffle(val)
+    if not val:
+        held_out = min(args.val_clips, len(clips) // 10 + 1)
+        val, clips = clips[:held_out], clips[held_out:]
+    val, measured = val[:args.val_clips], clips
+    if args.init_from and not state:
         model.load_trained(args.init_from)
     model.spell_with([clip["text"] for clip in clips])
     model.projector.mask, model.projector.dropout = args.mask, args.dropout
@@ -269,6 +255,8 @@ def main():
     kept = size <= args.keep_frames
     if kept:
         clips, val = (keep_frames(model, part, args.batch_seconds) for part in (clips, val))
+    if not clips or not val:
+        raise InputError(f"{len(clips)} clips to train on and {len(val)} to validate on are not enough")
     for clip in clips:
         clip["answer"] = model.tokenize(clip["text"])
 
@@ -282,16 +270,18 @@ def main():
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     step, epoch, index = 0, 0, 0
     if state:
+        model.ctc.tokens = state["model"]["ctc.tokens"].to(model.device)
         model.load_state_dict(state["model"], strict=False)
+        model.decode = state["decode"]
         optimizer.load_state_dict(state["optimizer"])
         step, epoch, index = state["step"], state["epoch"], state["index"]
         torch.set_rng_state(state["rng"])
-        if model.device.type == "cuda":
+        if "cuda_rng" in state and model.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
     out.mkdir(parents=True, exist_ok=True)
     log_file = out / "log.jsonl"
-    rows = [json.loads(line) for line in log_file.read_text().splitlines()] if state and log_file.exists() else []
-    log_file.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    rows = read_whole_rows(log_file) if state and log_file.exists() else []
+    write_whole(log_file, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)))
 
     def log(row):
         with open(log_file, "a") as file:
@@ -299,7 +289,7 @@ def main():
 
     def save():
         """All that --resume needs is in state.pt; the other files are what `TinyAudio.load` reads."""
-        snapshot = {"args": vars(args), "step": step, "epoch": epoch, "index": index, "model": model.trained(),
+        snapshot = {"args": vars(args), "step": step, "epoch": epoch, "index": index, "model": model.trained(), "decode": model.decode,
                     "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
         if model.device.type == "cuda":
             snapshot["cuda_rng"] = torch.cuda.get_rng_state()
@@ -338,7 +328,7 @@ def main():
                         0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (position - warmup) / (length - warmup))))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        ctc_weight = 1.0 if phase == 1 else args.ctc_weight
+        ctc_weight, lm_weight = (1, 0) if phase == 1 else (args.ctc_weight if args.ctc_steps or args.init_from else 0, 1)
 
         # One loss over the whole step: the sum over its tokens, divided once by their number.
         tokens = max(1, sum(len(clip["answer"]) + 1 for _, good in batches for clip in good))
@@ -348,11 +338,11 @@ def main():
             frames, lengths = encode(model, inputs)
             answers = [clip["answer"] for clip in good]
             with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-                loss, parts = model.loss(frames, lengths, answers, ctc_weight)
+                loss, parts = model.loss(frames, lengths, answers, ctc_weight, lm_weight)
             (loss / tokens).backward()
             sums.update({name: part.item() for name, part in parts.items()})
             sums.update(frames=lengths.sum().item(), padded_frames=frames.shape[0] * frames.shape[1],
-                        flops=model_flops(model, lengths.tolist(), answers, ctc_weight, kept))
+                        flops=model_flops(model, lengths.tolist(), answers, ctc_weight, lm_weight, kept))
         sums.update(tokens=tokens, steps=1)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
         if not math.isfinite(norm):
@@ -368,11 +358,11 @@ def main():
             row = {"step": step, "phase": phase, "epoch": epoch, "loss": sums["lm" if phase == 2 else "ctc"] / sums["tokens"],
                    "ctc": sums["ctc"] / sums["tokens"], "lr": lr, "norm": norm,
                    "audio_s_per_s": sums["frames"] / model.encoder.frame_rate / elapsed, "mfu": sums["flops"] / elapsed / peak,
-                   "padding": 1 - sums["frames"] / sums["padded_frames"], "seconds": elapsed}
+                   "padding": 1 - sums["frames"] / max(1, sums["padded_frames"]), "seconds": elapsed}
             log(row)
             tqdm.write("step {step}/{total} phase {phase} epoch {epoch} loss {loss:.3f} ctc {ctc:.3f} lr {lr:.1e} norm {norm:.2f} "
-                       "{audio_s_per_s:.0f}x real time mfu {mfu:.0%} padding {padding:.0%} left {left:.1f} min".format(
-                           **row, total=total, left=(total - step) * elapsed / sums["steps"] / 60))
+                       "{audio_s_per_s:.0f}x real time mfu {mfu:.0%} padding {padding:.0%} phase left {left:.1f} min".format(
+                           **row, total=total, left=(length - position - 1) * elapsed / sums["steps"] / 60))
             sums, since = Counter(), time.perf_counter()
         if step % args.eval_every == 0 or ends_phase or stop:
             if not stop:
@@ -386,7 +376,8 @@ def main():
         if stop:
             print(f"stopped by signal {stop[0]} after step {step}; python train.py --resume {out} goes on")
             sys.exit(128 + stop[0])
-    print(f"done: {out} holds the checkpoint; python sample.py --model {out} file.wav")
+    broken = sum("broken" in clip for clip in measured)
+    print(f"done: {out} holds the checkpoint; python sample.py --model {out} file.wav" + (f"; {broken} broken clips left out" if broken else ""))
 
 
 if __name__ == "__main__":
@@ -394,5 +385,7 @@ if __name__ == "__main__":
         main()
     except (InputError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("train.py: out of memory: lower --batch-seconds (and raise --accumulate); --resume goes on from the last checkpoint")
     except KeyboardInterrupt:  # once training has begun, Ctrl-C saves and stops
         sys.exit("train.py: interrupted before the first step")

@@ -32,6 +32,7 @@ def test_path_bytes_file_and_array_give_the_same(tmp_path):
     for source in (tmp_path / "a.wav", str(tmp_path / "a.wav"), data, io.BytesIO(data), wave, np.stack([wave, wave], 1)):
         np.testing.assert_array_equal(load_audio(source), wave)
     assert len(load_audio(wave, sample_rate=8000)) == 2 * len(wave)
+    np.testing.assert_allclose(load_audio((wave * 32767).astype(np.int16)), wave, atol=1e-4)
 
 
 def test_unusable_sound_is_one_line_that_names_the_file(tmp_path):
@@ -82,6 +83,21 @@ def test_data_files_of_every_kind_hold_the_same_clips(tmp_path):
         for i, clip in enumerate(clips):
             np.testing.assert_allclose(load_audio(clip["audio"]), tone(0.5, i), atol=1e-4)
     assert len(read_clips(f"{tmp_path}/*.jsonl,{tmp_path}/a.csv")) == 6
+
+
+def test_data_files_as_spreadsheets_and_recorders_leave_them(tmp_path):
+    soundfile.write(tmp_path / "1.wav", tone(0.5), 16_000)
+    soundfile.write(tmp_path / "1.2.wav", tone(0.7), 16_000)
+    (tmp_path / "1.txt").write_text("one\n")
+    (tmp_path / "1.2.txt").write_text("two\n")
+    (tmp_path / "1.json").write_text("{}")
+    assert {clip["audio"].rpartition("/")[2]: clip["text"] for clip in read_clips(str(tmp_path))} == {"1.wav": "one", "1.2.wav": "two"}
+    (tmp_path / "excel, with a comma.csv").write_text("\ufeffaudio,text\r\n1.wav,\"yes, one\"\r\n1.2.wav,\r\n")
+    assert [clip["text"] for clip in read_clips(str(tmp_path / "excel, with a comma.csv"))] == ["yes, one", ""]
+    (tmp_path / "a.tsv").write_text('audio\ttext\n1.wav\t"oh" he said\n1.2.wav\t"two\n')
+    assert [clip["text"] for clip in read_clips(str(tmp_path / "a.tsv"))] == ['"oh" he said', '"two']
+    (tmp_path / "a.jsonl").write_text('{"audio": "1.wav", "text": 42}\n\n{"audio": "1.2.wav", "text": null}\n')
+    assert [clip["text"] for clip in read_clips(str(tmp_path / "a.jsonl"))] == ["42", ""]
 
 
 def test_data_files_that_cannot_be_read(tmp_path):

@@ -32,7 +32,7 @@ def test_backbones_are_converted_once_and_load_fast():
         start = time.time()
         load(name)
         assert time.time() - start < 3
-    assert not [file for file in offline.cache_folder().iterdir() if file.name.startswith("smollm2-135m.")]
+    assert {file.name for file in offline.cache_folder().iterdir()} == {"whisper-base", "smollm2-135m"}
 
 
 def test_decoder_is_the_genuine_model():
@@ -48,7 +48,7 @@ def test_decoder_is_the_genuine_model():
 def test_encoder_is_the_genuine_model():
     encoder = load_encoder("whisper-base", "cpu", torch.float32)
     assert sum(p.numel() for p in encoder.parameters()) == 20_590_592
-    assert encoder.model.conv1.weight.std().item() == pytest.approx(0.0375, abs=0.03)
+    assert encoder.model.conv1.weight.std().item() == pytest.approx(0.0482, abs=1e-4)
 
 
 def test_missing_or_damaged_package_is_one_line(tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def test_it_hears_synthetic_commands(model):
 
 @pytest.mark.skipif(not SPEECH.exists(), reason="needs the real speech of ../shared/speech, which is not part of the project")
 def test_it_hears_real_speech(model):
-    clips = [clip for clip in read_clips(str(SPEECH)) if clip["source"] == "librispeech"][:40]
+    clips = read_clips(str(SPEECH))[:40]
     assert corpus_wer([clip["text"] for clip in clips], model.transcribe([clip["audio"] for clip in clips])) < 0.4
 
 

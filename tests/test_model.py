@@ -1,9 +1,11 @@
 """The model on toy backbones: parity with transformers, and results that do not depend on the batch."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers as hf
 from conftest import SENTENCES, tone
@@ -71,6 +73,18 @@ def test_names_that_lead_nowhere(toys, tmp_path):
         load_encoder(toys["llama"])
     with pytest.raises(InputError, match="no usable model"):
         load_decoder(str(tmp_path))
+    with pytest.raises(InputError, match="no device gpu"):
+        load_encoder(toys["whisper"], "gpu")
+
+
+@pytest.mark.parametrize("name, load", [("whisper", load_encoder), ("hubert", load_encoder), ("llama", load_decoder)])
+def test_weights_that_are_not_there_are_not_made_up(toys, tmp_path, name, load):
+    shutil.copytree(toys[name], tmp_path / "a")
+    weights = safetensors.torch.load_file(tmp_path / "a" / "model.safetensors")
+    lost = next(key for key in weights if "layers.1." in key and key.endswith("fc1.weight" if name == "whisper" else "q_proj.weight"))
+    safetensors.torch.save_file({key: weights[key] for key in weights if key != lost}, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="lacks 1 weights of a .*layers.1"):
+        load(str(tmp_path / "a"), "cpu")
 
 
 # -------------------------------------------------------------------------------------------------------- projector
@@ -178,7 +192,7 @@ def test_phase_1_never_runs_the_decoder_and_only_the_bridge_learns(toys, monkeyp
     frames, lengths = model.encoder(WAVES[::2][:2])
     with monkeypatch.context() as patch:
         patch.setattr(model.decoder.base_model, "forward", None)
-        model.loss(frames, lengths, answers, ctc_weight=1)[0].backward()
+        model.loss(frames, lengths, answers, ctc_weight=1, lm_weight=0)[0].backward()
     model.loss(frames, lengths, answers, ctc_weight=0.1)[0].backward()
     learning = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert learning == {name for name, p in model.named_parameters() if name.startswith(("projector.", "ctc."))}
