@@ -307,20 +307,38 @@ class CTCHead(nn.Module):
         return torch.cat([(z @ self.blank + self.bias)[..., None], words.float()], dim=-1)
 
 
+class LoRA(nn.Module):
+    """A trained low-rank update of a frozen linear layer, W x + B A x (Hu et al. 2021), hooked on so that the layer itself
+    stays as it is. Optional: the bridge alone is enough for a large decoder, a small one gains by it."""
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(rank, linear.in_features) * linear.in_features**-0.5)
+        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.linear, self.hook = [linear], linear.register_forward_hook(self.add)  # in a list: it is no part of this module
+
+    def add(self, _, inputs, output):
+        return output + F.linear(F.linear(inputs[0], self.a.to(output.dtype)), self.b.to(output.dtype))
+
+    def merge(self):
+        """Add the update to the layer's weight for good, which makes it free."""
+        self.hook.remove()
+        self.linear[0].weight += (self.b @ self.a).to(self.linear[0].weight)
+
+
 # -------------------------------------------------------------------------------------------------------- TinyAudio
 
-CONFIG_KEYS = {"encoder", "decoder", "stack", "hidden", "decode"}
 TASKS = {"transcribe": "Transcribe: <audio>"}
 
 
 class TinyAudio(nn.Module):
     """Encoder, projector, CTC head and decoder. Only the projector and the CTC head have gradients.
 
-    Parameters: the names of the two backbones; the projector's stack and hidden width; and how `transcribe` decodes.
-    This makes an untrained model; `TinyAudio.load` brings a trained one.
+    Parameters: the names of the two backbones; the projector's stack and hidden width; the rank of a low-rank update of
+    the decoder, 0 for none; and how `transcribe` decodes. This makes an untrained model; `TinyAudio.load` brings a trained one.
     """
 
-    def __init__(self, encoder, decoder, stack=5, hidden=None, decode="greedy", device=None, dtype=None):
+    def __init__(self, encoder, decoder, stack=5, hidden=None, lora=0, decode="greedy", device=None, dtype=None):
         super().__init__()
         self.names, self.decode = {"encoder": encoder, "decoder": decoder}, decode
         self.encoder = load_encoder(encoder, device, dtype)
@@ -329,6 +347,9 @@ class TinyAudio(nn.Module):
         width, loudness = self.embed.weight.shape[1], self.embed.weight.float().square().mean().sqrt().item()
         self.projector = Projector(self.encoder.dim, width, loudness, stack, hidden).to(self.device)
         self.ctc = CTCHead(width, loudness).to(self.device)
+        layers = self.decoder.base_model.named_modules() if lora else ()
+        self.lora = nn.ModuleDict({name.replace(".", "-"): LoRA(layer, lora).to(self.device)
+                                   for name, layer in layers if isinstance(layer, nn.Linear)})
 
     @property
     def device(self):
@@ -341,7 +362,7 @@ class TinyAudio(nn.Module):
 
     def trained(self):
         """name -> tensor of all that is trained, and the list of tokens that the CTC head spells with."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(("projector.", "ctc."))}
+        return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(("projector.", "ctc.", "lora."))}
 
     def prompt(self, task="transcribe"):
         """Token ids before and after the audio, from the tokenizer's own chat template."""
@@ -480,13 +501,18 @@ class TinyAudio(nn.Module):
     # ----------------------------------------------------------------------------------------------- save and load
 
     def save(self, path):
-        """Write the trained part: `projector.safetensors` (matrices in bfloat16) and `config.json`, a few MB."""
+        """Write the trained part, a few MB: `projector.safetensors` (matrices in bfloat16), `config.json`, and, if there is a
+        low-rank update of the decoder, `lora.safetensors`, without which the rest can be used as well."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        config = {**self.names, "stack": self.projector.stack, "hidden": self.projector.hidden, "decode": self.decode}
+        rank = next(iter(self.lora.values())).a.shape[0] if self.lora else 0
+        config = {**self.names, "stack": self.projector.stack, "hidden": self.projector.hidden, "lora": rank, "decode": self.decode}
         tensors = {name: tensor.bfloat16() if tensor.ndim == 2 else tensor for name, tensor in self.trained().items()}
-        write_whole(path / "projector.safetensors", lambda file: file.write_bytes(safetensors.torch.save(tensors)))
-        write_whole(path / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
+        for file, part in (("projector", ("projector.", "ctc.")), ("lora", "lora.")):
+            data = safetensors.torch.save({name: tensor for name, tensor in tensors.items() if name.startswith(part)})
+            if file == "projector" or self.lora:
+                write_whole(path / f"{file}.safetensors", lambda unfinished: unfinished.write_bytes(data))
+        write_whole(path / "config.json", lambda unfinished: unfinished.write_text(json.dumps(config, indent=2) + "\n"))
 
     @classmethod
     def load(cls, path, device=None, dtype=None):
@@ -494,24 +520,33 @@ class TinyAudio(nn.Module):
         folder = Path(path)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
-            folder = Path(from_hub(snapshot_download, locate(str(path), {}),
-                                   allow_patterns=["projector.safetensors", "config.json"]))
+            folder = Path(from_hub(snapshot_download, locate(str(path), {}), allow_patterns=["*.safetensors", "config.json"]))
         try:
             config = json.loads((folder / "config.json").read_text())
-            if set(config) != CONFIG_KEYS:
-                raise ValueError(f"the keys must be {', '.join(sorted(CONFIG_KEYS))}, and are {', '.join(config)}")
+            known = {"encoder", "decoder", "stack", "hidden", "lora", "decode"}
+            if set(config) != known:
+                raise ValueError(f"the keys must be {', '.join(sorted(known))}, and are {', '.join(config)}")
         except (OSError, ValueError) as error:
             raise InputError(f"{folder / 'config.json'} is no checkpoint's config: {first_line(error)}") from None
+        if not (folder / "lora.safetensors").exists():
+            config["lora"] = 0
         model = cls(**config, device=device, dtype=dtype)
         model.load_trained(folder)
+        with torch.no_grad():
+            for update in model.lora.values():
+                update.merge()
         return model.eval()
 
     def load_trained(self, folder):
         """Take over the trained tensors of a checkpoint folder, e.g. to train them further on other data."""
-        file = Path(folder) / "projector.safetensors"
+        file, expected = Path(folder) / "projector.safetensors", set(self.trained())
         try:
             tensors = safetensors.torch.load_file(file)
-            if tensors.keys() != self.trained().keys():
+            if self.lora and file.with_name("lora.safetensors").exists():
+                tensors |= safetensors.torch.load_file(file.with_name("lora.safetensors"))
+            else:  # a low-rank update starts from nothing
+                expected = {name for name in expected if not name.startswith("lora.")}
+            if tensors.keys() != expected:
                 raise KeyError(f"it holds {', '.join(tensors)}")
             self.ctc.tokens = tensors["ctc.tokens"].to(self.device)  # of any number
             self.load_state_dict(tensors, strict=False)

@@ -50,6 +50,7 @@ def parse_args():
     add("--init-from", metavar="CKPT", help="start from a trained checkpoint instead of from nothing")
     add("--stack", type=positive, default=5, help="encoder frames per projector frame")
     add("--hidden", type=int, help="hidden width of the projector (by default about 13M parameters)")
+    add("--lora", type=int, default=0, metavar="RANK", help="train a low-rank update of the decoder too, in phase 2 (0: none)")
     add("--ctc-steps", type=int, default=2000, help="steps of phase 1")
     add("--steps", type=int, default=2000, help="steps of phase 2")
     add("--ctc-weight", type=float, default=0.1, help="weight of the CTC loss in phase 2, if there was a phase 1")
@@ -62,6 +63,8 @@ def parse_args():
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--mask", type=float, default=0.15, help="share of stacked frames masked while training")
     add("--dropout", type=float, default=0.15, help="dropout in the projector")
+    add("--speech-free", type=float, default=0.03, help="share of clips of noise and tones, without text, that are added")
+    add("--compile", action="store_true", help="compile the decoder's layers (slow to start, then up to twice as fast)")
     add("--keep-frames", type=float, default=4, metavar="GB",
         help="encode the data once and keep the frames in memory if they take at most this much")
     add("--log-every", type=positive, default=20, help="steps between log lines")
@@ -133,6 +136,22 @@ def load_waves(clips):
     return waves, good
 
 
+def speech_free(count, seed):
+    """`count` clips of 1 to 12 s without speech and without text: noise from white to brown, hum, tones and chords, from
+    loud to hardly audible, of which the model learns to stay silent."""
+    rng, clips = np.random.default_rng(seed), []
+    for number in range(count):
+        size = int(rng.uniform(1, 12) * SAMPLE_RATE)
+        frequencies = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
+        spectrum = rng.standard_normal((2, len(frequencies))) / np.maximum(frequencies, 20) ** rng.choice([0, 0.5, 1])
+        noise = np.fft.irfft(spectrum[0] + 1j * spectrum[1], size)
+        tones = sum(np.sin(2 * np.pi * pitch * np.arange(size) / SAMPLE_RATE) for pitch in rng.uniform(50, 2000, rng.integers(1, 5)))
+        wave = noise / noise.std() * rng.choice([0, 0.1, 1], p=[0.1, 0.3, 0.6]) + tones * rng.choice([0, 1])
+        wave = (wave / max(1e-9, np.abs(wave).max()) * 10 ** rng.uniform(-3, 0)).astype(np.float32)
+        clips.append({"name": f"speech-free {number}", "audio": wave, "text": "", "seconds": size / SAMPLE_RATE})
+    return clips
+
+
 def keep_frames(model, clips, batch_seconds):
     """Encode all clips once; sets clip["frames"], (T, D) in bfloat16, in memory. Returns those that could be decoded."""
     with tqdm(total=len(clips), unit="clip", desc="encoding, once", file=sys.stderr) as progress:
@@ -200,6 +219,7 @@ def model_flops(model, lengths, answers, ctc_weight, lm_weight, encoded):
     if lm_weight:
         words, prompt = sum(map(len, answers)), sum(map(len, model.prompt()))
         body = sum(p.numel() for p in model.decoder.base_model.parameters()) - model.embed.weight.numel()
+        flops += 6 * sum(p.numel() for p in model.lora.parameters()) * (positions + words + prompt * len(answers))
         flops += 4 * body * (positions + words + prompt * len(answers))
         flops += 4 * model.embed.weight.numel() * (words + len(answers))
     return flops
@@ -234,7 +254,7 @@ def main():
     out = Path(args.out)
 
     clips, val = read_clips(args.dataset), read_clips(args.val) if args.val else []
-    model = TinyAudio(args.encoder, args.decoder, args.stack, args.hidden, device=args.device)
+    model = TinyAudio(args.encoder, args.decoder, args.stack, args.hidden, args.lora, device=args.device)
     longest = min(args.max_seconds, model.encoder.max_seconds)
     clips, val = measure(clips, longest), measure(val, longest) if val else []
     random.Random(args.seed).shuffle(clips)
@@ -249,7 +269,13 @@ def main():
     model.projector.mask, model.projector.dropout = args.mask, args.dropout
     model.decode = "ctc" if args.ctc_steps else "greedy"  # until a validation knows better
     model.train()
+    if model.device.type == "cpu":
+        model.decoder.set_attn_implementation("eager")  # its backward pass is twice as fast there as that of fused attention
+    if args.compile:
+        for layer in model.decoder.base_model.layers:
+            layer.compile(dynamic=True)
 
+    clips += speech_free(min(300, round(args.speech_free * len(clips))), args.seed)
     hours = sum(clip["seconds"] for clip in clips) / 3600
     size = hours * 3600 * model.encoder.frame_rate * model.encoder.dim * 2 / 1e9
     kept = size <= args.keep_frames
@@ -366,7 +392,8 @@ def main():
             sums, since = Counter(), time.perf_counter()
         if step % args.eval_every == 0 or ends_phase or stop:
             if not stop:
-                wers, (reference, hypothesis) = validate(model, val, args.batch_seconds, phase == 2)
+                with torch.compiler.set_stance("force_eager"):  # generation is of other shapes
+                    wers, (reference, hypothesis) = validate(model, val, args.batch_seconds, phase == 2)
                 model.decode = min(wers, key=wers.get)
                 log({"step": step, "phase": phase, "wer": wers})
                 tqdm.write(f"step {step}/{total} WER " + ", ".join(f"{100 * wer:.1f} % {name}" for name, wer in wers.items())

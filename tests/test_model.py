@@ -277,6 +277,32 @@ def test_save_and_load_the_trained_part_only(toys, tmp_path):
     assert loaded.decode == "ctc" and loaded.transcribe(WAVES) == model.transcribe(WAVES)
 
 
+def test_low_rank_update_is_a_file_of_its_own(toys, tmp_path):
+    plain, model = build(toys), build(toys, lora=4)
+    frames, lengths = plain.encoder(WAVES)
+    answers = [plain.tokenize(SENTENCES[0])] * len(WAVES)
+    expected = plain.loss(frames, lengths, answers)[0]
+    model.projector.load_state_dict(plain.projector.state_dict())
+    model.ctc.load_state_dict(plain.ctc.state_dict())
+    loss = model.loss(frames, lengths, answers)[0]
+    torch.testing.assert_close(loss, expected)  # until it is trained it changes nothing
+    loss.backward()
+    assert len(model.lora) == 14 and all(update.b.grad.abs().sum() > 0 for update in model.lora.values())
+    with torch.no_grad():
+        for name, tensor in model.trained().items():
+            tensor += 0.1 * torch.randn_like(tensor) * name.startswith("lora.") if tensor.is_floating_point() else 0
+            if tensor.ndim == 2:
+                tensor.copy_(tensor.bfloat16())
+    model.save(tmp_path)
+    merged = TinyAudio.load(tmp_path, "cpu", torch.float32)
+    torch.testing.assert_close(merged.loss(frames, lengths, answers)[0], model.loss(frames, lengths, answers)[0])
+    assert (merged.loss(frames, lengths, answers)[0] - expected).abs() > 1
+    (tmp_path / "lora.safetensors").unlink()
+    alone = TinyAudio.load(tmp_path, "cpu", torch.float32)
+    assert alone.transcribe(WAVES, "ctc") == merged.transcribe(WAVES, "ctc")
+    assert not alone.lora
+
+
 def test_checkpoints_that_cannot_be_used(toys, tmp_path):
     build(toys).save(tmp_path / "a")
     weights, config = tmp_path / "a" / "projector.safetensors", tmp_path / "a" / "config.json"

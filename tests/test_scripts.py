@@ -12,6 +12,9 @@ import pytest
 import soundfile
 from conftest import ROOT, run, tone
 
+from train import speech_free
+
+
 def losses(out):
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [(row["step"], row["loss"], row["norm"], row["lr"]) for row in rows if "loss" in row]
@@ -19,12 +22,13 @@ def losses(out):
 
 def test_training_logs_validates_and_saves(trained):
     out, done = trained
-    assert sorted(file.name for file in out.iterdir()) == ["config.json", "log.jsonl", "projector.safetensors", "state.pt"]
+    assert sorted(file.name for file in out.iterdir()) == ["config.json", "log.jsonl", "lora.safetensors",
+                                                           "projector.safetensors", "state.pt"]
     steps = losses(out)
     assert [step for step, *_ in steps] == list(range(1, 17))
     assert steps[7][1] < steps[0][1] and steps[15][1] < steps[8][1]  # both phases learn
     rates = [rate for *_, rate in steps]
-    assert rates[0] == rates[8] == 5e-4 and max(rates) == 1e-3 and rates[7] < 2e-4 and rates[15] < 2e-4
+    assert rates[:2] == [5e-4, 1e-3] and rates[8:10] == [2.5e-3, 5e-3] and rates[7] < 2e-4 and rates[15] < 1e-3  # warm-up, cosine
     assert len(re.findall(r"WER \d", done.stdout)) == 4
     for word in ("phase 1", "phase 2", "norm", "real time", "mfu", "padding", "left"):
         assert word in done.stdout
@@ -87,6 +91,14 @@ def test_one_phase_recipe_and_init_from(train_flags, trained, tmp_path):
 def test_wrong_flags_are_one_line(flags, message):
     done = run("train.py", *flags, check=False)
     assert done.returncode and message in done.stderr.splitlines()[-1]
+
+
+def test_speech_free_clips_are_sound_without_text():
+    clips = speech_free(40, seed=0)
+    assert all(np.isfinite(clip["audio"]).all() and np.abs(clip["audio"]).max() <= 1 and clip["text"] == "" for clip in clips)
+    assert all(len(clip["audio"]) == pytest.approx(16_000 * clip["seconds"]) and 1 <= clip["seconds"] <= 12 for clip in clips)
+    assert min(np.abs(clip["audio"]).max() for clip in clips) < 0.01 and max(np.abs(clip["audio"]).max() for clip in clips) > 0.5
+    assert [clip["seconds"] for clip in speech_free(40, seed=0)] == [clip["seconds"] for clip in clips]
 
 
 def test_a_finished_run_is_not_overwritten(train_flags, trained):
