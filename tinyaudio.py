@@ -13,9 +13,12 @@ Letters in shapes: B clips, T encoder frames (50 a second), N stacked frames (10
 d the decoder's width, V tokens that the CTC head spells with.
 """
 
+import contextlib
+import copy
 import csv
 import glob
 import io
+import itertools
 import json
 import math
 import re
@@ -29,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -108,8 +111,8 @@ def placement(device=None, dtype=None):
 SAMPLE_RATE = 16_000
 
 
-def load_audio(source, sample_rate=SAMPLE_RATE):
-    """Decode, mix down and resample one clip to a float32 array (samples,), mono, 16 kHz.
+def read_audio(source, sample_rate=SAMPLE_RATE):
+    """Decode, mix down and resample sound of any length, which is never in memory as a whole.
 
     Parameters
     ----------
@@ -117,45 +120,60 @@ def load_audio(source, sample_rate=SAMPLE_RATE):
         float in [-1, 1] or signed integer
     sample_rate : of an array, in Hz; files carry their own
 
+    Yields float32 arrays (samples,), mono, 16 kHz, of about 10 s.
     Raises InputError if the source is missing, empty, not audio, or holds samples that are not numbers.
     """
-    name = source if isinstance(source, (str, Path)) else getattr(source, "name", "audio")
+    name, total = source if isinstance(source, (str, Path)) else getattr(source, "name", "audio"), 0
     try:
-        if isinstance(source, (str, Path)):
-            source = Path(source).read_bytes()
-        if isinstance(source, bytes):
-            source = io.BytesIO(source)
-        if hasattr(source, "read"):
-            samples, sample_rate = soundfile.read(source, dtype="float32")
-        else:
-            samples = np.asarray(source)
-            scale = -np.iinfo(samples.dtype).min if np.issubdtype(samples.dtype, np.signedinteger) else 1
-            samples = samples.astype(np.float32) / scale
+        with contextlib.ExitStack() as stack:
+            if isinstance(source, (str, Path)):
+                source = stack.enter_context(open(source, "rb"))
+            elif isinstance(source, bytes):
+                source = io.BytesIO(source)
+            if hasattr(source, "read"):
+                file = stack.enter_context(soundfile.SoundFile(source))
+                sample_rate = file.samplerate
+                blocks = (file.read(10 * sample_rate, dtype="float32", always_2d=True) for _ in itertools.count())
+            else:
+                samples = np.asarray(source)
+                scale = -np.iinfo(samples.dtype).min if np.issubdtype(samples.dtype, np.signedinteger) else 1
+                samples = samples.astype(np.float32).reshape(samples.shape if samples.ndim == 2 else (-1, 1)) / scale
+                blocks = iter([samples, samples[:0]])
+            resampler = soxr.ResampleStream(sample_rate, SAMPLE_RATE, 1)
+            while len(block := next(blocks)):
+                if not np.isfinite(block).all():
+                    raise InputError(f"{name}: holds samples that are not numbers (NaN or infinity)")
+                total += len(block)
+                mono = np.ascontiguousarray(block.mean(axis=1))
+                yield mono if sample_rate == SAMPLE_RATE else resampler.resample_chunk(mono)
+            if total and sample_rate != SAMPLE_RATE:
+                yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
     except soundfile.LibsndfileError as error:
         raise InputError(f"{name}: not audio that can be read ({error.error_string.strip().rstrip('.')})") from None
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{name}: {first_line(error)}") from None
-    if samples.ndim == 2:
-        samples = samples.mean(axis=1)
-    if samples.ndim != 1 or samples.size == 0:
+    if not total:
         raise InputError(f"{name}: no sound in it (0 samples)")
-    if not np.isfinite(samples).all():
-        raise InputError(f"{name}: holds samples that are not numbers (NaN or infinity)")
-    if sample_rate != SAMPLE_RATE:
-        samples = soxr.resample(samples, sample_rate, SAMPLE_RATE)
-    return np.ascontiguousarray(samples, dtype=np.float32)
 
 
-def split_audio(wave, shortest=15.0, longest=28.0):
-    """Cut a long wave (samples,) into pieces of at most `longest` seconds, each at the quietest 0.1 s in reach."""
-    pieces, window = [], SAMPLE_RATE // 10
-    while len(wave) > longest * SAMPLE_RATE:
-        reach = wave[int(shortest * SAMPLE_RATE):int(longest * SAMPLE_RATE)]
-        loudness = np.square(reach[:len(reach) // window * window]).reshape(-1, window).mean(axis=1)
-        cut = int(shortest * SAMPLE_RATE) + int(loudness.argmin()) * window + window // 2
-        pieces.append(wave[:cut])
-        wave = wave[cut:]
-    return pieces + [wave]
+def load_audio(source, sample_rate=SAMPLE_RATE):
+    """One clip as a whole: what `read_audio` takes -> float32 array (samples,), mono, 16 kHz."""
+    return np.concatenate(list(read_audio(source, sample_rate)))
+
+
+def split_audio(blocks, shortest=15.0, longest=28.0):
+    """Cut a stream of arrays into pieces of at most `longest` seconds, each at the quietest 0.1 s in reach.
+    Yields the start of each piece in seconds, and its samples."""
+    rest, start, window = np.zeros(0, np.float32), 0, SAMPLE_RATE // 10
+    for block in blocks:
+        rest = np.concatenate([rest, block])
+        while len(rest) > longest * SAMPLE_RATE:
+            reach = rest[int(shortest * SAMPLE_RATE):int(longest * SAMPLE_RATE)]
+            loudness = np.square(reach[:len(reach) // window * window]).reshape(-1, window).mean(axis=1)
+            cut = int(shortest * SAMPLE_RATE) + int(loudness.argmin()) * window + window // 2
+            yield start / SAMPLE_RATE, rest[:cut]
+            rest, start = rest[cut:], start + cut
+    yield start / SAMPLE_RATE, rest
 
 
 # ---------------------------------------------------------------------------------------------------------- encoder
@@ -328,7 +346,10 @@ class LoRA(nn.Module):
 
 # -------------------------------------------------------------------------------------------------------- TinyAudio
 
-TASKS = {"transcribe": "Transcribe: <audio>"}
+TASKS = {"transcribe": "Transcribe: <audio>", "describe": "Describe what you hear: <audio>", "continue": "Continue: <audio>"}
+DECODINGS = ("greedy", "ctc", "joint")
+LONGEST_ANSWER = 200  # tokens, where the length of the sound says nothing
+JOINT_WEIGHT = 0.5  # of the CTC score in joint decoding; chosen on the development set
 
 
 class TinyAudio(nn.Module):
@@ -340,7 +361,7 @@ class TinyAudio(nn.Module):
 
     def __init__(self, encoder, decoder, stack=5, hidden=None, lora=0, decode="greedy", device=None, dtype=None):
         super().__init__()
-        self.names, self.decode = {"encoder": encoder, "decoder": decoder}, decode
+        self.names, self.decode, self.prefixes = {"encoder": encoder, "decoder": decoder}, decode, {}
         self.encoder = load_encoder(encoder, device, dtype)
         self.decoder, self.tokenizer = load_decoder(decoder, device, dtype)
         self.embed = self.decoder.get_input_embeddings()
@@ -365,8 +386,9 @@ class TinyAudio(nn.Module):
         return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(("projector.", "ctc.", "lora."))}
 
     def prompt(self, task="transcribe"):
-        """Token ids before and after the audio, from the tokenizer's own chat template."""
-        messages = [{"role": "system", "content": ""}, {"role": "user", "content": TASKS[task]}]
+        """Token ids before and after the audio, from the tokenizer's own chat template. task is one of TASKS, or any text,
+        with or without "<audio>" in it."""
+        messages = [{"role": "system", "content": ""}, {"role": "user", "content": TASKS.get(task, task)}]
         # Some templates print today's date; the prompt must not change from day to day.
         template = re.sub(r"strftime_now\([^()]*\)", "''", self.tokenizer.get_chat_template())
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False, "chat_template": template}
@@ -374,7 +396,8 @@ class TinyAudio(nn.Module):
             text = self.tokenizer.apply_chat_template(messages, **options)
         except Exception:  # each template raises what it likes at a role that it does not know
             text = self.tokenizer.apply_chat_template(messages[1:], **options)
-        return [self.tokenizer(part, add_special_tokens=False).input_ids for part in text.split("<audio>")]
+        before, _, after = text.rpartition("<audio>")
+        return [self.tokenizer(part, add_special_tokens=False).input_ids for part in (before, after)]
 
     def tokenize(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -438,7 +461,12 @@ class TinyAudio(nn.Module):
         prefix, suffix = (self.embed(torch.tensor(ids, dtype=torch.long, device=self.device)) for ids in self.prompt(task))
         return [torch.cat([prefix, clip[:count].to(prefix.dtype), suffix]) for clip, count in zip(audio, counts.tolist())]
 
-    # --------------------------------------------------------------------------------------------------- generate
+    # ----------------------------------------------------------------------------------------------------- decoding
+
+    @torch.no_grad()
+    def listen(self, waves):
+        """B arrays (samples,) -> audio (B, N, d), counts (B,): what the decoder is given to hear."""
+        return self.projector(*self.encoder(waves))
 
     @torch.no_grad()
     def spell(self, audio, counts):
@@ -447,56 +475,233 @@ class TinyAudio(nn.Module):
         paths = [torch.unique_consecutive(path[:count]) for path, count in zip(best, counts.tolist())]
         return [self.ctc.tokens[path[path > 0] - 1].tolist() for path in paths]
 
-    @torch.no_grad()
-    def generate(self, audio, counts, task="transcribe"):
-        """Greedy decoding with a KV cache: audio (B, N, d), counts (B,) -> B lists of token ids without the end token.
-
-        A clip gets at most 6.5 tokens a second and a few more; one that runs in a loop is stopped.
-        """
-        prompts = self.embed_prompt(audio, counts, task)
-        seconds = counts * self.projector.stack / self.encoder.frame_rate
-        limits = (6.5 * seconds + 10).long().tolist()
-        # Padding on the left, so that the last position of every row is where its next token goes.
-        x = pad_sequence(prompts, batch_first=True, padding_side="left")
-        mask = length_mask(torch.tensor([len(prompt) for prompt in prompts], device=self.device), x.shape[1]).flip(1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        step = {"inputs_embeds": x, "position_ids": positions}
-        answers, running, cache = [[] for _ in prompts], set(range(len(prompts))), None
-        while running:
-            out = self.decoder.base_model(**step, attention_mask=mask, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            best = self.decoder.get_output_embeddings()(out.last_hidden_state[:, -1]).argmax(-1)
-            for row, token in enumerate(best.tolist()):
-                if row in running:
-                    answers[row].append(token)
-                    surplus = 1 if token == self.tokenizer.eos_token_id else loop_length(answers[row])
-                    if surplus or len(answers[row]) >= limits[row]:
-                        del answers[row][len(answers[row]) - surplus:]
-                        running.remove(row)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            positions = positions[:, -1:] + 1
-            step = {"input_ids": best[:, None], "position_ids": positions}
+    def generate(self, audio, counts, task="transcribe", drafts=None, most=None):
+        """Greedy decoding through the language model: what the last of the `passes` has."""
+        answers = [[] for _ in audio]
+        for answers in self.passes(audio, counts, task, drafts, most):
+            pass
         return answers
 
     @torch.no_grad()
-    def transcribe(self, source, decode=None, batch_seconds=120):
-        """Text of one clip, or a list of texts for a list of clips (whatever `load_audio` takes, of any length).
+    def passes(self, audio, counts, task="transcribe", drafts=None, most=None):
+        """Greedy decoding with a KV cache, of a draft if there is one (Leviathan et al. 2023, with CTC as the small model):
+        each pass runs the decoder over its last token and all of the draft that is left, and takes its own choices up
+        to and including the first that differs from the draft. Without drafts that is one token a pass.
 
-        decode is "greedy", through the language model, or "ctc", what the projector spells; by default the one that
-        had the lower WER when the checkpoint was trained.
+        Parameters
+        ----------
+        audio (B, N, d), counts (B,)
+        drafts : B lists of token ids
+        most : tokens of an answer; by default 6.5 a second of sound and a few more
+
+        Yields after every pass the B lists of token ids so far, without the end token. A loop ends its clip and stays in.
         """
-        decoder = {"greedy": self.generate, "ctc": self.spell}[decode or self.decode]
+        prefix, suffix = self.prompt(task)
+        cache = self.prefix_cache(prefix) if prefix else DynamicCache(config=self.decoder.config)
+        cache.batch_repeat_interleave(len(audio))
+        suffix = self.embed(torch.tensor(suffix, dtype=torch.long, device=self.device))
+        limits = [most or int(6.5 * count * self.projector.stack / self.encoder.frame_rate + 10) for count in counts.tolist()]
+        drafts, answers = list(drafts or [[]] * len(audio)), [[] for _ in audio]
+        inputs = [torch.cat([clip[:count].to(suffix.dtype), suffix]) for clip, count in zip(audio, counts.tolist())]
+        active = list(range(len(audio)))  # the clips that are not at their end; all tensors below have a row for each
+        mask = torch.ones(len(audio), len(prefix), dtype=torch.bool, device=self.device)
+        while active:
+            rows = [torch.cat([row, self.embed(torch.tensor(drafts[clip], dtype=torch.long, device=self.device))])
+                    for clip, row in zip(active, inputs)]
+            sizes = torch.tensor([len(row) for row in rows], device=self.device)
+            x = pad_sequence(rows, batch_first=True)
+            # Padding and rejected drafts stay in the cache and are masked; positions count what is not.
+            positions = mask.sum(1, keepdim=True) + torch.arange(x.shape[1], device=self.device)
+            width = mask.shape[1]
+            mask = torch.cat([mask, length_mask(sizes, x.shape[1])], dim=1)
+            out = self.decoder.base_model(inputs_embeds=x, position_ids=positions, attention_mask=mask, past_key_values=cache,
+                                          use_cache=True)
+            checked = [hidden[size - 1 - len(drafts[clip]):size]
+                       for clip, hidden, size in zip(active, out.last_hidden_state, sizes.tolist())]
+            choices = self.decoder.get_output_embeddings()(torch.cat(checked)).argmax(-1)
+            left = []
+            for row, (clip, own) in enumerate(zip(active, choices.split([len(part) for part in checked]))):
+                own, draft = own.tolist(), drafts[clip]
+                agreed = next((i for i, (a, b) in enumerate(zip(own, draft)) if a != b), len(draft))
+                mask[row, width + len(rows[row]) - len(draft) + agreed:] = False
+                if self.extend(answers[clip], own[:agreed + 1], limits[clip]):
+                    left.append(row)
+                    drafts[clip] = realign(draft[agreed:], own[agreed])
+            yield answers
+            active = [active[row] for row in left]
+            inputs = [self.embed(torch.tensor(answers[clip][-1:], device=self.device)) for clip in active]
+            if len(left) < len(mask):
+                left = torch.tensor(left, dtype=torch.long, device=self.device)
+                cache.batch_select_indices(left)
+                mask = mask[left]
+
+    def extend(self, answer, tokens, limit):
+        """Append tokens to an answer, up to the end token, the limit, or a loop. Returns whether it goes on."""
+        for token in tokens:
+            if token == self.tokenizer.eos_token_id:
+                return False
+            answer.append(token)
+            if len(answer) >= limit or loop_length(answer):
+                return False
+        return True
+
+    def prefix_cache(self, prefix):
+        """Keys and values of what stands before the audio, which is the same for every clip: computed once."""
+        if tuple(prefix) not in self.prefixes:
+            ids = torch.tensor([prefix], device=self.device)
+            self.prefixes[tuple(prefix)] = self.decoder.base_model(input_ids=ids, use_cache=True).past_key_values
+        return copy.deepcopy(self.prefixes[tuple(prefix)])
+
+    @torch.no_grad()
+    def rescore(self, audio, weight=JOINT_WEIGHT, beam=16):
+        """Joint decoding of one clip (after Watanabe et al. 2017): the language model judges the best spellings.
+
+        audio (N, d) -> token ids of the text with the highest (1 - weight) log p_LM + weight log p_CTC.
+        """
+        texts = {}
+        for classes, score in prefix_beam_search(self.ctc(audio[None], self.embed.weight)[0].log_softmax(-1), beam):
+            text = self.detokenize(self.ctc.tokens[torch.tensor(classes, dtype=torch.long) - 1].tolist())
+            texts[text] = np.logaddexp(texts.get(text, -math.inf), score)  # the same text may be spelled in several ways
+        answers = [self.tokenize(text) for text in texts]
+        scores = [(1 - weight) * lm + weight * ctc for lm, ctc in zip(self.judge(audio, answers), texts.values())]
+        return answers[int(np.argmax(scores))]
+
+    def judge(self, audio, answers):
+        """log p_LM of each answer, end token included, given audio (N, d): one pass for the prompt, one for all answers."""
+        end = self.tokenizer.eos_token_id
+        prompt = self.embed_prompt(audio[None], torch.tensor([len(audio)]))[0][None]
+        first = self.decoder.base_model(inputs_embeds=prompt, use_cache=True)
+        first.past_key_values.batch_repeat_interleave(len(answers))
+        ids = pad_sequence([torch.tensor(answer + [end], device=self.device) for answer in answers], batch_first=True)
+        rest = self.decoder.base_model(input_ids=ids[:, :-1], past_key_values=first.past_key_values, use_cache=True) if ids.shape[1] > 1 else None
+        hidden = torch.cat([first.last_hidden_state[:, -1:].expand(len(answers), 1, -1)] + ([rest.last_hidden_state] if rest else []), dim=1)
+        inside = length_mask(torch.tensor([len(answer) + 1 for answer in answers], device=self.device), ids.shape[1])
+        log_probs = -F.cross_entropy(self.decoder.get_output_embeddings()(hidden[inside]).float(), ids[inside], reduction="none")
+        return torch.stack([part.sum() for part in log_probs.split(inside.sum(1).tolist())]).tolist()
+
+    @torch.no_grad()
+    def hear(self, audio, counts, decode=None):
+        """Transcripts of a batch: audio (B, N, d), counts (B,) -> B lists of token ids.
+
+        decode is "ctc", what the projector spells; "greedy", through the language model, which checks that as a draft;
+        or "joint", both together; by default what had the lowest WER when the checkpoint was trained. Where nothing is
+        spelled nobody speaks, and the language model is not asked; where it runs in a loop the spelling stands.
+        """
+        spelled = self.spell(audio, counts)
+        spoken = [clip for clip, answer in enumerate(spelled) if answer]
+        decode = decode or self.decode
+        if decode == "joint":
+            return [self.rescore(audio[clip, :counts[clip]]) if answer else [] for clip, answer in enumerate(spelled)]
+        if decode == "greedy" and spoken:
+            drafts = [self.tokenize(self.detokenize(spelled[clip])) for clip in spoken]
+            for clip, answer in zip(spoken, self.generate(audio[spoken], counts[spoken], drafts=drafts)):
+                spelled[clip] = spelled[clip] if loop_length(answer) else answer
+        return spelled
+
+    def segments(self, sources, decode=None, task="transcribe", words=False, batch_seconds=120):
+        """Transcribe sound of any length and number, in batches of pieces of at most 28 s.
+
+        Yields, in order and as they are ready, dicts: source (index), start, end (seconds), text, and words if asked
+        for; or source and error (an InputError) for what cannot be read.
+        """
+        pieces = self.pieces(sources)
+        while window := list(take_seconds(pieces, 4 * batch_seconds)):
+            heard = [piece for piece in window if "wave" in piece]
+            for batch in make_batches([piece["end"] - piece["start"] for piece in heard], batch_seconds):
+                batch = [heard[i] for i in batch]
+                audio, counts = self.listen([piece.pop("wave") for piece in batch])
+                answers = (self.hear(audio, counts, decode) if task == "transcribe" else
+                           self.generate(audio, counts, task, most=LONGEST_ANSWER))
+                for piece, answer, clip, count in zip(batch, answers, audio, counts.tolist()):
+                    piece["text"] = self.detokenize(answer)
+                    if words:
+                        piece["words"] = self.time_words(clip[:count], answer, piece["start"])
+            yield from window
+
+    def pieces(self, sources):
+        """Dicts source, start, end, wave, or source, error."""
+        for index, source in enumerate(sources):
+            try:
+                for start, wave in split_audio(read_audio(source)):
+                    yield {"source": index, "start": start, "end": start + len(wave) / SAMPLE_RATE, "wave": wave}
+            except InputError as error:
+                yield {"source": index, "error": error}
+
+    def transcribe(self, source, decode=None, task="transcribe", batch_seconds=120):
+        """Text of one clip, or a list of texts for a list of clips: whatever `read_audio` takes, of any length.
+        decode is as in `hear`. Raises InputError for a clip that cannot be read."""
         many = isinstance(source, (list, tuple))
-        waves = [load_audio(clip) for clip in (source if many else [source])]
-        pieces = [(owner, piece) for owner, wave in enumerate(waves) for piece in split_audio(wave)]
-        texts = [None] * len(pieces)
-        for batch in make_batches([len(piece) / SAMPLE_RATE for _, piece in pieces], batch_seconds):
-            audio, counts = self.projector(*self.encoder([pieces[i][1] for i in batch]))
-            for i, answer in zip(batch, decoder(audio, counts)):
-                texts[i] = self.detokenize(answer)
-        joined = [" ".join(filter(None, (text for (owner, _), text in zip(pieces, texts) if owner == clip)))
-                  for clip in range(len(waves))]
-        return joined if many else joined[0]
+        texts = [[] for _ in (source if many else [source])]
+        for segment in self.segments(source if many else [source], decode, task, batch_seconds=batch_seconds):
+            if "error" in segment:
+                raise segment["error"]
+            texts[segment["source"]].append(segment["text"])
+        texts = [" ".join(filter(None, parts)) for parts in texts]
+        return texts if many else texts[0]
+
+    def stream(self, source=None, task="transcribe"):
+        """Text of one clip, or of a task without sound, in parts as the language model makes them."""
+        most = None if task == "transcribe" else LONGEST_ANSWER
+        waves = (wave for _, wave in split_audio(read_audio(source))) if source is not None else [None]
+        for number, wave in enumerate(waves):
+            audio, counts = self.listen([wave]) if wave is not None else (
+                torch.zeros(1, 0, self.ctc.blank.shape[0], device=self.device), torch.zeros(1, dtype=torch.long))
+            drafts = None
+            if task == "transcribe":
+                drafts = [self.tokenize(self.detokenize(answer)) for answer in self.spell(audio, counts)]
+                if not drafts[0]:
+                    continue
+            done = ""
+            for answers in self.passes(audio, counts, task, drafts, most):
+                text = " " * bool(number) + self.detokenize(answers[0])
+                if not text.endswith("\ufffd"):  # in the midst of a character
+                    yield text[len(done):]
+                    done = text
+
+    @torch.no_grad()
+    def align(self, audio, ids):
+        """The most likely CTC path (Viterbi) through a given text: audio (N, d), L token ids -> for each token its first
+        frame, the frame after its last, and its mean probability. Any token of the decoder can be aligned."""
+        z = audio * self.ctc.log_temperature.exp()
+        logits = self.ctc(audio[None], self.embed.weight)[0]
+        total = logits.logsumexp(-1, keepdim=True)
+        words = (z.to(self.embed.weight.dtype) @ self.embed.weight[ids].T).float()
+        # States: blank, token, blank, token, ..., blank.
+        scores = torch.empty(len(audio), 2 * len(ids) + 1)
+        scores[:, 0::2], scores[:, 1::2] = (logits[:, :1] - total).cpu(), (words - total).clamp(max=0).cpu()  # those the head lacks may exceed its total
+        scores = scores.double().numpy()
+        state = np.arange(scores.shape[1])
+        may_skip = (state % 2 == 1) & (state > 1)
+        may_skip[3::2] &= np.asarray(ids[1:]) != np.asarray(ids[:-1])
+        best, came = np.where(state < 2, scores[0], -np.inf), np.zeros(scores.shape, dtype=int)
+        for frame in range(1, len(scores)):
+            steps = np.stack([best, np.append(-np.inf, best[:-1]), np.where(may_skip, np.append([-np.inf] * 2, best[:-2]), -np.inf)])
+            came[frame] = steps.argmax(0)
+            best = steps.max(0) + scores[frame]
+        path = [len(state) - 1 if best[-1] >= best[-2] else len(state) - 2]
+        for frame in range(len(scores) - 1, 0, -1):
+            path.append(path[-1] - came[frame, path[-1]])
+        path = np.array(path[::-1])
+        spans = []
+        for token in range(len(ids)):
+            frames = np.flatnonzero(path == 2 * token + 1)
+            if len(frames) == 0:  # more tokens than frames: there is no path
+                return [(len(audio) * i // len(ids), len(audio) * (i + 1) // len(ids), 0.0) for i in range(len(ids))]
+            spans.append((int(frames[0]), int(frames[-1]) + 1, float(np.exp(scores[frames, 2 * token + 1]).mean())))
+        return spans
+
+    def time_words(self, audio, ids, start=0.0):
+        """Words of an answer with their times: dicts word, start, end (seconds), probability."""
+        if not ids:
+            return []
+        seconds, words = self.projector.stack / self.encoder.frame_rate, []
+        for piece, token, span in zip(self.tokenizer.convert_ids_to_tokens(ids), ids, self.align(audio, ids)):
+            if not words or piece[0] in "\u0120\u2581":  # how byte-level BPE and SentencePiece write a leading space
+                words.append(([], []))
+            words[-1][0].append(token), words[-1][1].append(span)
+        return [{"word": self.detokenize(tokens), "start": round(start + spans[0][0] * seconds, 2),
+                 "end": round(start + spans[-1][1] * seconds, 2),
+                 "probability": round(float(np.mean([span[2] for span in spans])), 3)} for tokens, spans in words]
 
     # ----------------------------------------------------------------------------------------------- save and load
 
@@ -565,6 +770,52 @@ def read_whole_rows(path):
     """The rows of a .jsonl that one of the scripts wrote, without a last one that a crash left unfinished."""
     lines = Path(path).read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def realign(draft, token):
+    """What is left of a draft behind a token that the decoder put in the place of its first."""
+    return draft[draft.index(token) + 1:] if token in draft[:4] else draft[1:]
+
+
+def take_seconds(pieces, seconds):
+    """The next pieces of a generator, until they hold so much sound."""
+    for piece in pieces:
+        yield piece
+        seconds -= piece.get("end", 0) - piece.get("start", 0)
+        if seconds <= 0:
+            return
+
+
+def prefix_beam_search(log_probs, beam, choices=8):
+    """The best spellings of CTC log probabilities (N, 1 + V): a list of (tuple of classes, log probability), best first
+    (Hannun et al. 2014, without a language model)."""
+    blanks = log_probs[:, 0].tolist()
+    top = log_probs[:, 1:].topk(min(choices, log_probs.shape[1] - 1))
+    beams = {(): (0.0, -math.inf)}  # log probability of all paths that end in a blank, and of those that do not
+    for blank, scores, classes in zip(blanks, top.values.tolist(), (top.indices + 1).tolist()):
+        found = {}
+
+        def add(prefix, blank, other):
+            old = found.get(prefix, (-math.inf, -math.inf))
+            found[prefix] = (log_add(old[0], blank), log_add(old[1], other))
+
+        for prefix, (ends_blank, ends_other) in beams.items():
+            whole = log_add(ends_blank, ends_other)
+            add(prefix, whole + blank, -math.inf)
+            for score, token in zip(scores, classes):
+                repeats = prefix[-1:] == (token,)
+                if repeats:
+                    add(prefix, -math.inf, ends_other + score)
+                if (before := ends_blank if repeats else whole) > -math.inf and score > -10:
+                    add(prefix + (token,), -math.inf, before + score)
+        beams = dict(sorted(found.items(), key=lambda item: -log_add(*item[1]))[:beam])
+    return [(prefix, log_add(*scores)) for prefix, scores in beams.items()]
+
+
+def log_add(a, b):
+    if a < b:
+        a, b = b, a
+    return a if b == -math.inf else a + math.log1p(math.exp(b - a))
 
 
 def loop_length(ids):

@@ -48,7 +48,8 @@ def test_unusable_sound_is_one_line_that_names_the_file(tmp_path):
 
 def test_long_sound_is_cut_in_its_pauses_and_nothing_is_lost():
     wave = np.concatenate([np.concatenate([tone(19.5, i), np.zeros(8000, np.float32)]) for i in range(5)])
-    pieces = split_audio(wave)
+    starts, pieces = zip(*split_audio(np.array_split(wave, 77)))
+    assert starts == tuple(np.cumsum([0, *map(len, pieces)])[:-1] / 16_000)
     np.testing.assert_array_equal(np.concatenate(pieces), wave)
     assert all(len(piece) <= 28 * 16_000 for piece in pieces)
     cuts = np.cumsum([len(piece) for piece in pieces])[:-1] / 16_000

@@ -1,5 +1,6 @@
 """The model on toy backbones: parity with transformers, and results that do not depend on the batch."""
 
+import itertools
 import json
 import shutil
 
@@ -11,7 +12,8 @@ import transformers as hf
 from conftest import SENTENCES, tone
 from torch.nn.utils.rnn import pad_sequence
 
-from tinyaudio import (CTCHead, InputError, Projector, TinyAudio, length_mask, load_decoder, load_encoder, loop_length)
+from tinyaudio import (CTCHead, InputError, Projector, TinyAudio, length_mask, load_decoder, load_encoder, loop_length, prefix_beam_search,
+                       realign)
 
 WAVES = [tone(seconds, i) for i, seconds in enumerate((2.0, 0.05, 3.31, 1.237, 0.9, 2.999))]
 
@@ -225,11 +227,65 @@ def test_greedy_decoding_equals_that_of_transformers_in_any_batch(toys, decoder)
         if 2 in expected:
             expected = expected[:expected.index(2)]
         for end in range(1, len(expected) + 1):  # transformers lets loops run
-            if surplus := loop_length(expected[:end]):
-                expected = expected[:end - surplus]
+            if loop_length(expected[:end]):
+                expected = expected[:end]
                 break
         assert together[i] == expected
         assert model.generate(clip[None, :count], counts[i:i + 1]) == [expected]
+
+
+def test_any_draft_leaves_the_answer_as_it_is_and_a_good_one_saves_passes(toys):
+    model = build(toys, decoder="qwen3")
+    audio, counts = model.projector(*model.encoder(WAVES))
+    plain = model.generate(audio, counts)
+    rng = np.random.default_rng(0)
+    broken = [[token if rng.random() < 0.7 else int(rng.integers(3, 300)) for token in answer if rng.random() < 0.8] for answer in plain]
+    for drafts in (plain, broken, [[5] * 90] * len(WAVES), [[]] + plain[1:], plain[::-1]):
+        assert model.generate(audio, counts, drafts=drafts) == plain
+    assert len(list(model.passes(audio, counts, drafts=plain))) == 1 < len(list(model.passes(audio, counts, drafts=broken)))
+    assert len(list(model.passes(audio, counts, drafts=broken))) < max(map(len, plain))
+
+
+def test_draft_is_taken_up_again_behind_a_disagreement():
+    assert realign([1, 2, 3, 4], 9) == [2, 3, 4]  # another word
+    assert realign([1, 2, 3, 4], 3) == [4]  # the draft had two too many
+    assert realign([1, 2], 9) == [2] and realign([], 9) == []
+
+
+def test_prefix_beam_search_finds_the_best_text(toys):
+    """Against the sum over all paths, for every text there can be."""
+    log_probs = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    totals = {}
+    for path in itertools.product(range(4), repeat=5):
+        text = tuple(token for token, _ in itertools.groupby(path) if token)
+        score = sum(log_probs[frame, token].item() for frame, token in enumerate(path))
+        totals[text] = np.logaddexp(totals.get(text, -np.inf), score)
+    found = prefix_beam_search(log_probs, 1000)
+    assert {text: pytest.approx(score) for text, score in found} == totals
+    assert prefix_beam_search(log_probs, 8)[0][0] == max(totals, key=totals.get)
+
+
+def test_judge_is_the_log_probability_of_each_answer(toys):
+    model = build(toys)
+    audio, counts = model.projector(*model.encoder(WAVES[:1]))
+    answers = [model.tokenize(text) for text in SENTENCES] + [[]]
+    for answer, score in zip(answers, model.judge(audio[0], answers)):
+        assert score == pytest.approx(-model.lm_loss(audio, counts, [answer]).item(), abs=1e-3)
+
+
+def test_alignment_is_the_best_path_through_a_text(toys):
+    model = build(toys)
+    audio, counts = model.projector(*model.encoder(WAVES[2:3]))
+    audio, ids = audio[0, :7], model.tokenize("two minutes")[:3]
+    log_probs = torch.log_softmax(model.ctc(audio[None], model.embed.weight)[0], -1)
+    classes = (torch.searchsorted(model.ctc.tokens, torch.tensor(ids, dtype=torch.int32)) + 1).tolist()
+    best = max((path for path in itertools.product([0] + classes, repeat=7) if [c for c, _ in itertools.groupby(path) if c] == classes),
+               key=lambda path: sum(log_probs[frame, c].item() for frame, c in enumerate(path)))
+    for (first, end, probability), c in zip(model.align(audio, ids), classes):
+        frames = [frame for frame, found in enumerate(best) if found == c]
+        assert (first, end) == (frames[0], frames[-1] + 1)
+        assert probability == pytest.approx(log_probs[frames, c].exp().mean().item(), abs=1e-5)
+    assert len(model.align(audio, ids * 9)) == 27  # more tokens than frames
 
 
 def test_greedy_ctc_collapses_repeats_and_blanks(toys, monkeypatch):
