@@ -27,7 +27,7 @@ from tqdm import tqdm
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from tinyaudio import (SAMPLE_RATE, InputError, TinyAudio, clean_text, first_line, from_hub, load_audio, make_batches,
+from tinyaudio import (DECODINGS, SAMPLE_RATE, InputError, TinyAudio, clean_text, first_line, from_hub, load_audio, make_batches,
                        placement, read_clips, read_whole_rows, split_audio, write_whole)
 
 ESB = "hf-audio/esb-datasets-test-only-sorted"  # the test sets of the Open ASR Leaderboard
@@ -166,7 +166,7 @@ def whisper_recognizer(name, device):
     language = {"language": "en", "task": "transcribe"} if model.generation_config.is_multilingual else {}
 
     def transcribe(waves):
-        pieces = [split_audio(wave) for wave in waves]
+        pieces = [[piece for _, piece in split_audio([wave])] for wave in waves]
         mel = extractor(sum(pieces, []), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features.to(device, dtype)
         ids = model.generate(mel, do_sample=False, num_beams=1, max_new_tokens=440, **language)
         texts = iter(tokenizer.batch_decode(ids, skip_special_tokens=True))
@@ -247,7 +247,7 @@ def main():
     add("--max-samples", type=int, help="score this many random clips instead of all")
     add("--seed", type=int, default=0, help="of the random choice of clips")
     add("--normalizer", choices=NORMALIZERS, default="english", help="Whisper's, of English or of any language, or none")
-    add("--decode", choices=("greedy", "ctc"), help="by default what the checkpoint does best")
+    add("--decode", choices=DECODINGS, help="by default what the checkpoint does best")
     add("--batch-seconds", type=float, default=120, help="seconds of audio decoded at once")
     add("--out", help="by default outputs/eval_<dataset>_<model>")
     add("--resume", action="store_true", help="go on with an interrupted run")

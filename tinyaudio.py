@@ -553,31 +553,59 @@ class TinyAudio(nn.Module):
         return copy.deepcopy(self.prefixes[tuple(prefix)])
 
     @torch.no_grad()
-    def rescore(self, audio, weight=JOINT_WEIGHT, beam=16):
-        """Joint decoding of one clip (after Watanabe et al. 2017): the language model judges the best spellings.
+    def search(self, audio, counts, weight=JOINT_WEIGHT, beam=4, choices=16):
+        """Joint decoding (Watanabe et al. 2017): audio (B, N, d), counts (B,) -> B lists of token ids.
 
-        audio (N, d) -> token ids of the text with the highest (1 - weight) log p_LM + weight log p_CTC.
+        A beam search over (1 - weight) log p_LM + weight log p_CTC. The language model knows sentences; the CTC prefix
+        score, the probability of all paths that begin with a text, holds it to the sound: no loops, nothing invented.
         """
-        texts = {}
-        for classes, score in prefix_beam_search(self.ctc(audio[None], self.embed.weight)[0].log_softmax(-1), beam):
-            text = self.detokenize(self.ctc.tokens[torch.tensor(classes, dtype=torch.long) - 1].tolist())
-            texts[text] = np.logaddexp(texts.get(text, -math.inf), score)  # the same text may be spelled in several ways
-        answers = [self.tokenize(text) for text in texts]
-        scores = [(1 - weight) * lm + weight * ctc for lm, ctc in zip(self.judge(audio, answers), texts.values())]
-        return answers[int(np.argmax(scores))]
-
-    def judge(self, audio, answers):
-        """log p_LM of each answer, end token included, given audio (N, d): one pass for the prompt, one for all answers."""
-        end = self.tokenizer.eos_token_id
-        prompt = self.embed_prompt(audio[None], torch.tensor([len(audio)]))[0][None]
-        first = self.decoder.base_model(inputs_embeds=prompt, use_cache=True)
-        first.past_key_values.batch_repeat_interleave(len(answers))
-        ids = pad_sequence([torch.tensor(answer + [end], device=self.device) for answer in answers], batch_first=True)
-        rest = self.decoder.base_model(input_ids=ids[:, :-1], past_key_values=first.past_key_values, use_cache=True) if ids.shape[1] > 1 else None
-        hidden = torch.cat([first.last_hidden_state[:, -1:].expand(len(answers), 1, -1)] + ([rest.last_hidden_state] if rest else []), dim=1)
-        inside = length_mask(torch.tensor([len(answer) + 1 for answer in answers], device=self.device), ids.shape[1])
-        log_probs = -F.cross_entropy(self.decoder.get_output_embeddings()(hidden[inside]).float(), ids[inside], reduction="none")
-        return torch.stack([part.sum() for part in log_probs.split(inside.sum(1).tolist())]).tolist()
+        spoken = self.ctc(audio, self.embed.weight).log_softmax(-1)
+        silent = ~length_mask(counts, spoken.shape[1])[..., None]
+        spoken = spoken.masked_fill(silent, -math.inf)
+        spoken[..., :1] = spoken[..., :1].masked_fill(silent, 0)  # behind a clip's end all frames are blank for certain
+        spoken = spoken.double().cpu().numpy()
+        prompts = self.embed_prompt(audio, counts)
+        sizes = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        mask = length_mask(sizes, sizes.max())
+        out = self.decoder.base_model(inputs_embeds=pad_sequence(prompts, batch_first=True), attention_mask=mask, use_cache=True)
+        hidden, cache = out.last_hidden_state[torch.arange(len(sizes)), sizes - 1], out.past_key_values
+        # One row for each hypothesis of each clip; at first a single empty one.
+        rows = [(clip, (), 0.0) for clip in range(len(audio))]  # clip, classes, log p_LM
+        paths = prefix_start(spoken)
+        best = [((), -math.inf)] * len(audio)  # of the hypotheses that have ended
+        while rows:
+            log_probs = self.decoder.get_output_embeddings()(hidden).float().log_softmax(-1)
+            ends = log_probs[:, self.tokenizer.eos_token_id].tolist()
+            top = log_probs[:, self.ctc.tokens].topk(min(choices, len(self.ctc.tokens)))
+            classes = (top.indices + 1).cpu().numpy()
+            of = np.array([clip for clip, *_ in rows])
+            last = np.array([found[-1] if found else 0 for _, found, _ in rows])
+            scores, grown = prefix_extend(spoken[of], paths, last, classes)
+            known = np.array([lm for *_, lm in rows])
+            lm = known[:, None] + top.values.double().cpu().numpy()
+            total = (1 - weight) * lm + weight * scores
+            whole = (1 - weight) * (known + ends) + weight * np.logaddexp(paths[:, -1, 0], paths[:, -1, 1])
+            chosen = []
+            for clip in sorted(set(of.tolist())):
+                mine = np.flatnonzero(of == clip)
+                for row in mine[whole[mine] > best[clip][1]]:
+                    best[clip] = max(best[clip], (rows[row][1], whole[row]), key=lambda pair: pair[1])
+                order = np.argsort(-total[mine], axis=None)[:beam]
+                picks = [(mine[i // total.shape[1]], i % total.shape[1]) for i in order]
+                chosen += [(row, i) for row, i in picks if total[row, i] > best[clip][1]]  # a longer one scores lower
+            rows = [(rows[row][0], rows[row][1] + (classes[row, i],), lm[row, i]) for row, i in chosen]
+            if not rows:
+                break
+            paths = np.stack([grown[row, :, :, i] for row, i in chosen])
+            parents = torch.tensor([int(row) for row, _ in chosen], device=self.device)
+            cache.batch_select_indices(parents)
+            positions = mask[parents].sum(1, keepdim=True)
+            mask = torch.cat([mask[parents], mask.new_ones(len(rows), 1)], dim=1)
+            tokens = self.ctc.tokens[torch.tensor([int(found[-1]) - 1 for _, found, _ in rows], device=self.device)][:, None]
+            out = self.decoder.base_model(input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache,
+                                          use_cache=True)
+            hidden, cache = out.last_hidden_state[:, -1], out.past_key_values
+        return [self.ctc.tokens[torch.tensor(found, dtype=torch.long) - 1].tolist() for found, _ in best]
 
     @torch.no_grad()
     def hear(self, audio, counts, decode=None):
@@ -591,7 +619,8 @@ class TinyAudio(nn.Module):
         spoken = [clip for clip, answer in enumerate(spelled) if answer]
         decode = decode or self.decode
         if decode == "joint":
-            return [self.rescore(audio[clip, :counts[clip]]) if answer else [] for clip, answer in enumerate(spelled)]
+            for clip, answer in zip(spoken, self.search(audio[spoken], counts[spoken]) if spoken else ()):
+                spelled[clip] = answer
         if decode == "greedy" and spoken:
             drafts = [self.tokenize(self.detokenize(spelled[clip])) for clip in spoken]
             for clip, answer in zip(spoken, self.generate(audio[spoken], counts[spoken], drafts=drafts)):
@@ -615,7 +644,7 @@ class TinyAudio(nn.Module):
                 for piece, answer, clip, count in zip(batch, answers, audio, counts.tolist()):
                     piece["text"] = self.detokenize(answer)
                     if words:
-                        piece["words"] = self.time_words(clip[:count], answer, piece["start"])
+                        piece["words"] = self.time_words(clip[:count], answer, piece["start"], piece["end"])
             yield from window
 
     def pieces(self, sources):
@@ -690,8 +719,8 @@ class TinyAudio(nn.Module):
             spans.append((int(frames[0]), int(frames[-1]) + 1, float(np.exp(scores[frames, 2 * token + 1]).mean())))
         return spans
 
-    def time_words(self, audio, ids, start=0.0):
-        """Words of an answer with their times: dicts word, start, end (seconds), probability."""
+    def time_words(self, audio, ids, start, end):
+        """Words of an answer about the sound from start to end: dicts word, start, end (seconds), probability."""
         if not ids:
             return []
         seconds, words = self.projector.stack / self.encoder.frame_rate, []
@@ -700,7 +729,7 @@ class TinyAudio(nn.Module):
                 words.append(([], []))
             words[-1][0].append(token), words[-1][1].append(span)
         return [{"word": self.detokenize(tokens), "start": round(start + spans[0][0] * seconds, 2),
-                 "end": round(start + spans[-1][1] * seconds, 2),
+                 "end": round(min(start + spans[-1][1] * seconds, end), 2),
                  "probability": round(float(np.mean([span[2] for span in spans])), 3)} for tokens, spans in words]
 
     # ----------------------------------------------------------------------------------------------- save and load
@@ -731,6 +760,8 @@ class TinyAudio(nn.Module):
             known = {"encoder", "decoder", "stack", "hidden", "lora", "decode"}
             if set(config) != known:
                 raise ValueError(f"the keys must be {', '.join(sorted(known))}, and are {', '.join(config)}")
+            if config["decode"] not in DECODINGS:
+                raise ValueError(f"decode must be one of {', '.join(DECODINGS)}")
         except (OSError, ValueError) as error:
             raise InputError(f"{folder / 'config.json'} is no checkpoint's config: {first_line(error)}") from None
         if not (folder / "lora.safetensors").exists():
@@ -786,36 +817,32 @@ def take_seconds(pieces, seconds):
             return
 
 
-def prefix_beam_search(log_probs, beam, choices=8):
-    """The best spellings of CTC log probabilities (N, 1 + V): a list of (tuple of classes, log probability), best first
-    (Hannun et al. 2014, without a language model)."""
-    blanks = log_probs[:, 0].tolist()
-    top = log_probs[:, 1:].topk(min(choices, log_probs.shape[1] - 1))
-    beams = {(): (0.0, -math.inf)}  # log probability of all paths that end in a blank, and of those that do not
-    for blank, scores, classes in zip(blanks, top.values.tolist(), (top.indices + 1).tolist()):
-        found = {}
-
-        def add(prefix, blank, other):
-            old = found.get(prefix, (-math.inf, -math.inf))
-            found[prefix] = (log_add(old[0], blank), log_add(old[1], other))
-
-        for prefix, (ends_blank, ends_other) in beams.items():
-            whole = log_add(ends_blank, ends_other)
-            add(prefix, whole + blank, -math.inf)
-            for score, token in zip(scores, classes):
-                repeats = prefix[-1:] == (token,)
-                if repeats:
-                    add(prefix, -math.inf, ends_other + score)
-                if (before := ends_blank if repeats else whole) > -math.inf and score > -10:
-                    add(prefix + (token,), -math.inf, before + score)
-        beams = dict(sorted(found.items(), key=lambda item: -log_add(*item[1]))[:beam])
-    return [(prefix, log_add(*scores)) for prefix, scores in beams.items()]
+def prefix_start(log_probs):
+    """CTC log probabilities (R, N, 1 + V) -> paths (R, N, 2) of the empty text: the log probability up to each frame of all
+    paths that end in a token, and of those that end in a blank."""
+    blank = log_probs[:, :, 0].cumsum(1)
+    return np.stack([np.full_like(blank, -np.inf), blank], axis=2)
 
 
-def log_add(a, b):
-    if a < b:
-        a, b = b, a
-    return a if b == -math.inf else a + math.log1p(math.exp(b - a))
+def prefix_extend(log_probs, paths, last, classes):
+    """CTC prefix scores of texts that are one token longer (Watanabe et al. 2017, algorithm 2).
+
+    Parameters: log_probs (R, N, 1 + V); paths (R, N, 2) of R texts, whose last tokens are last (R,), 0 for none; classes
+    (R, K), the tokens to append.
+    Returns scores (R, K), log p of all that begins with the longer text, and its paths (R, N, 2, K).
+    """
+    emitted = np.take_along_axis(log_probs, classes[:, None, :], axis=2)
+    blank = log_probs[:, :, :1]
+    # Behind the same token a new one needs a blank between.
+    before = np.where(classes[:, None] == last[:, None, None], paths[:, :, 1:], np.logaddexp(paths[:, :, :1], paths[:, :, 1:]))
+    grown = np.full((*paths.shape, classes.shape[1]), -np.inf)
+    grown[:, 0, 0] = np.where(last[:, None] == 0, emitted[:, 0], -np.inf)
+    for frame in range(1, paths.shape[1]):
+        token, silence = grown[:, frame - 1, 0], grown[:, frame - 1, 1]
+        grown[:, frame, 0] = np.logaddexp(token, before[:, frame - 1]) + emitted[:, frame]
+        grown[:, frame, 1] = np.logaddexp(token, silence) + blank[:, frame]
+    starts = np.concatenate([grown[:, :1, 0], before[:, :-1] + emitted[:, 1:]], axis=1)
+    return np.logaddexp.reduce(starts, axis=1), grown
 
 
 def loop_length(ids):

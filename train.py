@@ -226,22 +226,20 @@ def model_flops(model, lengths, answers, ctc_weight, lm_weight, encoded):
 
 
 @torch.no_grad()
-def validate(model, clips, batch_seconds, through_decoder):
-    """WER of the clips by greedy CTC and, if asked, through the decoder; and one transcript to look at."""
+def validate(model, clips, batch_seconds, decodings):
+    """WER of the clips by each way of decoding; and a transcript to look at, by the last of them."""
     model.eval()
-    texts = {"ctc": {}, "greedy": {}}
+    texts = {decode: {} for decode in decodings}
     for batch in make_batches([clip["seconds"] for clip in clips], batch_seconds):
         inputs, good = collate([clips[i] for i in batch])
         if good:
             audio, counts = model.projector(*encode(model, inputs))
-            for name, decode in {"ctc": model.spell, "greedy": model.generate}.items():
-                if name == "ctc" or through_decoder:
-                    texts[name] |= zip((clip["name"] for clip in good), map(model.detokenize, decode(audio, counts)))
+            for decode, found in texts.items():
+                found |= zip((clip["name"] for clip in good), map(model.detokenize, model.hear(audio, counts, decode)))
     model.train()
-    wers = {name: corpus_wer([clip["text"] for clip in clips], [found.get(clip["name"], "") for clip in clips])
-            for name, found in texts.items() if found}
-    found = texts["greedy" if through_decoder else "ctc"]
-    return wers, (clips[0]["text"], found.get(clips[0]["name"], ""))
+    wers = {decode: corpus_wer([clip["text"] for clip in clips], [found.get(clip["name"], "") for clip in clips])
+            for decode, found in texts.items()}
+    return wers, (clips[0]["text"], texts[decodings[-1]].get(clips[0]["name"], ""))
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -393,7 +391,8 @@ def main():
         if step % args.eval_every == 0 or ends_phase or stop:
             if not stop:
                 with torch.compiler.set_stance("force_eager"):  # generation is of other shapes
-                    wers, (reference, hypothesis) = validate(model, val, args.batch_seconds, phase == 2)
+                    decodings = ("ctc",) if phase == 1 else ("ctc", "greedy") if step < total else ("ctc", "greedy", "joint")
+                    wers, (reference, hypothesis) = validate(model, val, args.batch_seconds, decodings)
                 model.decode = min(wers, key=wers.get)
                 log({"step": step, "phase": phase, "wer": wers})
                 tqdm.write(f"step {step}/{total} WER " + ", ".join(f"{100 * wer:.1f} % {name}" for name, wer in wers.items())

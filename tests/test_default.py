@@ -13,7 +13,7 @@ from conftest import ROOT, run
 import offline
 from eval import corpus_wer
 from offline import InputError
-from tinyaudio import TinyAudio, load_audio, load_decoder, load_encoder, read_clips
+from tinyaudio import DECODINGS, SAMPLE_RATE, TinyAudio, load_audio, load_decoder, load_encoder, read_clips
 
 SPEECH = ROOT.parent / "shared" / "speech" / "dev.parquet"
 
@@ -85,7 +85,7 @@ def sixteen_clips():
     return clips + (read_clips(str(SPEECH))[::50][:8] if SPEECH.exists() else clips)
 
 
-@pytest.mark.parametrize("decode", ["greedy", "ctc"])
+@pytest.mark.parametrize("decode", DECODINGS)
 def test_batch_equals_one_by_one(model, decode):
     waves = [load_audio(clip["audio"]) for clip in sixteen_clips()]
     assert model.transcribe(waves, decode) == [model.transcribe(wave, decode) for wave in waves]
@@ -102,5 +102,78 @@ def test_it_hears_real_speech(model):
     assert corpus_wer([clip["text"] for clip in clips], model.transcribe([clip["audio"] for clip in clips])) < 0.4
 
 
+def command_waves():
+    clips = read_clips(str(ROOT / "assets/quickstart/test.jsonl"))
+    return [load_audio(clip["audio"]) for clip in clips], [clip["text"] for clip in clips]
+
+
+def test_drafts_change_no_token(model):
+    """Draft-and-verify against plain greedy decoding on 120 clips, real ones where they are at hand."""
+    waves = command_waves()[0][:20 if SPEECH.exists() else 84]
+    waves += [load_audio(clip["audio"]) for clip in (read_clips(str(SPEECH))[::2][:100] if SPEECH.exists() else
+                                                     read_clips(str(ROOT / "assets/quickstart/train.jsonl"))[:36])]
+    passes = {"plain": 0, "drafted": 0}
+    for batch in [waves[i:i + 8] for i in range(0, len(waves), 8)]:
+        audio, counts = model.listen(batch)
+        plain = list(model.passes(audio, counts))
+        drafted = list(model.passes(audio, counts, drafts=[model.tokenize(model.detokenize(ids)) for ids in model.spell(audio, counts)]))
+        passes["plain"] += len(plain)
+        passes["drafted"] += len(drafted)
+        for row, (a, b) in enumerate(zip(plain[-1], drafted[-1])):
+            if a != b:  # then the two choices must be a tie
+                same = next(i for i, (x, y) in enumerate(zip(a + [-1], b + [-1])) if x != y)
+                with torch.no_grad():
+                    prompt = model.embed_prompt(audio[row:row + 1], counts[row:row + 1])[0]
+                    logits = model.decoder(inputs_embeds=torch.cat([prompt, model.embed(torch.tensor(a[:same], dtype=torch.long))])[None]).logits
+                first, second = logits[0, -1].topk(2).values.tolist()
+                assert first - second < 1e-3
+    assert passes["drafted"] < 0.8 * passes["plain"]
+
+
+def test_ten_minutes_are_heard_as_clip_by_clip(model):
+    waves, texts = command_waves()
+    gap, total, chosen, parts = np.zeros(SAMPLE_RATE, np.float32), 0, [], []
+    while total < 600 * SAMPLE_RATE:
+        chosen.append(len(chosen) % len(waves))
+        parts += [waves[chosen[-1]], gap]
+        total += len(waves[chosen[-1]]) + len(gap)
+    segments = list(model.segments([np.concatenate(parts)], "ctc"))
+    assert all(segment["end"] - segment["start"] <= 28 for segment in segments) and len(segments) > 20
+    reference = [" ".join(texts[clip] for clip in chosen)]
+    alone = model.transcribe(waves, "ctc")
+    joined = corpus_wer(reference, [" ".join(segment["text"] for segment in segments)])
+    assert abs(joined - corpus_wer(reference, [" ".join(alone[clip] for clip in chosen)])) < 0.05
+    assert corpus_wer([" ".join(alone[clip] for clip in chosen)], [" ".join(segment["text"] for segment in segments)]) < 0.2
+
+
+def test_words_are_where_they_are_said(model):
+    """Clips joined with known gaps: the first words start where the sound does."""
+    waves, texts = command_waves()
+    late = []
+    for batch in range(0, len(waves), 6):
+        parts, starts, time = [], [], 0.0
+        for wave in waves[batch:batch + 6]:
+            loudness = np.square(wave[:len(wave) // 160 * 160]).reshape(-1, 160).mean(axis=1)
+            starts.append(time + 0.8 + 0.01 * np.argmax(loudness > 0.01 * loudness.max()))
+            parts += [np.zeros(int(0.8 * SAMPLE_RATE), np.float32), wave]
+            time += 0.8 + len(wave) / SAMPLE_RATE
+        words = [word for segment in model.segments([np.concatenate(parts)], "ctc", words=True) for word in segment["words"]]
+        for start, text in zip(starts, texts[batch:batch + 6]):
+            found = [word["start"] - start for word in words if word["word"] == text.split()[0] and abs(word["start"] - start) < 2]
+            late += [min(found, key=abs)] if found else []
+    assert len(late) > 40 and np.mean(np.abs(late) <= 0.2) >= 0.9
+
+
+@pytest.mark.parametrize("decode", DECODINGS)
+def test_nothing_is_heard_where_nobody_speaks(model, decode):
+    rng, time = np.random.default_rng(0), np.arange(30 * SAMPLE_RATE) / SAMPLE_RATE
+    hum = sum(np.sin(2 * np.pi * 50 * harmonic * time) / harmonic for harmonic in range(1, 6))
+    dial = np.sin(2 * np.pi * 350 * time) + np.sin(2 * np.pi * 440 * time)
+    room = np.cumsum(rng.standard_normal(len(time)))
+    room -= np.convolve(room, np.ones(801) / 801, "same")
+    sounds = [0 * time, 0.3 * rng.standard_normal(len(time)), 0.2 * hum, 0.2 * dial, 0.01 * room / np.abs(room).max()]
+    assert model.transcribe([sound.astype(np.float32) for sound in sounds], decode) == [""] * len(sounds)
+
+
 def test_the_shipped_checkpoint_is_small():
-    assert sum(file.stat().st_size for file in (ROOT / "assets" / "default").iterdir()) < 10e6
+    assert sum(file.stat().st_size for file in (ROOT / "assets" / "default").iterdir()) < 20e6

@@ -12,7 +12,7 @@ import transformers as hf
 from conftest import SENTENCES, tone
 from torch.nn.utils.rnn import pad_sequence
 
-from tinyaudio import (CTCHead, InputError, Projector, TinyAudio, length_mask, load_decoder, load_encoder, loop_length, prefix_beam_search,
+from tinyaudio import (CTCHead, InputError, Projector, TinyAudio, length_mask, load_decoder, load_encoder, loop_length, prefix_extend, prefix_start,
                        realign)
 
 WAVES = [tone(seconds, i) for i, seconds in enumerate((2.0, 0.05, 3.31, 1.237, 0.9, 2.999))]
@@ -252,25 +252,44 @@ def test_draft_is_taken_up_again_behind_a_disagreement():
     assert realign([1, 2], 9) == [2] and realign([], 9) == []
 
 
-def test_prefix_beam_search_finds_the_best_text(toys):
-    """Against the sum over all paths, for every text there can be."""
-    log_probs = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+def ctc_totals(log_probs):
+    """log p of every text there can be, summed over all paths."""
     totals = {}
-    for path in itertools.product(range(4), repeat=5):
+    for path in itertools.product(range(log_probs.shape[1]), repeat=len(log_probs)):
         text = tuple(token for token, _ in itertools.groupby(path) if token)
-        score = sum(log_probs[frame, token].item() for frame, token in enumerate(path))
-        totals[text] = np.logaddexp(totals.get(text, -np.inf), score)
-    found = prefix_beam_search(log_probs, 1000)
-    assert {text: pytest.approx(score) for text, score in found} == totals
-    assert prefix_beam_search(log_probs, 8)[0][0] == max(totals, key=totals.get)
+        totals[text] = np.logaddexp(totals.get(text, -np.inf), sum(log_probs[frame, token] for frame, token in enumerate(path)))
+    return totals
 
 
-def test_judge_is_the_log_probability_of_each_answer(toys):
+def test_prefix_scores_sum_over_all_that_begins_with_a_text():
+    log_probs = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).double().log_softmax(-1).numpy()
+    totals = ctc_totals(log_probs)
+    padded = np.concatenate([log_probs, [[0, -np.inf, -np.inf, -np.inf]] * 2])[None]  # certain silence changes nothing
+    for text in [(1,), (2, 2), (3, 1, 3), (1, 1, 2)]:
+        paths, last = prefix_start(padded), 0
+        for token in text:
+            with np.errstate(invalid="ignore"):
+                scores, grown = prefix_extend(padded, paths, np.array([last]), np.array([[1, 2, 3]]))
+            paths, last = grown[..., token - 1], token
+        begins = np.logaddexp.reduce([total for found, total in totals.items() if found[:len(text)] == text])
+        assert scores[0, token - 1] == pytest.approx(begins)
+        assert np.logaddexp(*paths[0, -1]) == pytest.approx(totals[text])
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.9])
+def test_joint_decoding_finds_the_text_of_the_highest_score(toys, weight):
+    """A beam that holds everything against a sum over all texts and paths, for short sound and three tokens."""
     model = build(toys)
-    audio, counts = model.projector(*model.encoder(WAVES[:1]))
-    answers = [model.tokenize(text) for text in SENTENCES] + [[]]
-    for answer, score in zip(answers, model.judge(audio[0], answers)):
-        assert score == pytest.approx(-model.lm_loss(audio, counts, [answer]).item(), abs=1e-3)
+    model.ctc.tokens = model.ctc.tokens[[20, 60, 80]]
+    audio, counts = model.projector(*model.encoder([tone(0.5, 7), tone(0.3, 8)]))
+    found = model.search(audio, counts, weight, beam=10_000, choices=3)
+    for clip, (ids, count) in enumerate(zip(found, counts)):
+        log_probs = model.ctc(audio[clip:clip + 1, :count], model.embed.weight)[0].double().log_softmax(-1).detach().numpy()
+        texts = {tuple(model.ctc.tokens[np.array(text, dtype=int) - 1].tolist()): ctc for text, ctc in ctc_totals(log_probs).items()}
+        scores = {text: weight * ctc - (1 - weight) * model.lm_loss(audio[clip:clip + 1], count[None], [list(text)]).item()
+                  for text, ctc in texts.items()}
+        assert tuple(ids) == max(scores, key=scores.get)
+        assert model.search(audio[clip:clip + 1, :count], count[None], weight, beam=10_000, choices=3) == [ids]
 
 
 def test_alignment_is_the_best_path_through_a_text(toys):
