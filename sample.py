@@ -170,12 +170,12 @@ def main():
     with tqdm(total=round(total, 1) or None, unit="s", disable=None if total > 30 else True,
               bar_format="{percentage:3.0f}% {n:.0f} of {total:.0f} s of audio, {rate_noinv_fmt}, {remaining} left") as progress:
         for index, group in itertools.groupby(segments, key=lambda segment: segment["source"]):
-            (name, target), heard = files[index], []
+            (name, target), heard, whole = files[index], [], True
             live = args.format == "text" and not args.out and len(files) == 1
             for segment in group:
                 if "error" in segment:
                     complain(segment["error"])
-                    failed += 1
+                    failed, whole = failed + 1, False
                     continue
                 heard.append(segment)
                 progress.update(segment["end"] - segment["start"])
@@ -183,7 +183,7 @@ def main():
                     progress.clear()
                     print(segment["text"])
             now = time.perf_counter()
-            if heard and not live:
+            if heard and not live and (whole or not args.out):  # with --out, a broken file is tried again
                 output = render(args.format, name, heard, now - since)
                 if args.out:
                     target.parent.mkdir(parents=True, exist_ok=True)

@@ -365,6 +365,8 @@ class TinyAudio(nn.Module):
         self.encoder = load_encoder(encoder, device, dtype)
         self.decoder, self.tokenizer = load_decoder(decoder, device, dtype)
         self.embed = self.decoder.get_input_embeddings()
+        # Byte-level BPE and SentencePiece write a leading space so.
+        self.word_starts = {i for token, i in self.tokenizer.get_vocab().items() if token[:1] in ("\u0120", "\u2581")}
         width, loudness = self.embed.weight.shape[1], self.embed.weight.float().square().mean().sqrt().item()
         self.projector = Projector(self.encoder.dim, width, loudness, stack, hidden).to(self.device)
         self.ctc = CTCHead(width, loudness).to(self.device)
@@ -378,6 +380,7 @@ class TinyAudio(nn.Module):
 
     def train(self, mode=True):
         """Only the trained part ever leaves eval mode."""
+        self.prefixes.clear()  # training may change what they hold
         self.projector.train(mode), self.ctc.train(mode)
         return self
 
@@ -526,7 +529,7 @@ class TinyAudio(nn.Module):
                 mask[row, width + len(rows[row]) - len(draft) + agreed:] = False
                 if self.extend(answers[clip], own[:agreed + 1], limits[clip]):
                     left.append(row)
-                    drafts[clip] = realign(draft[agreed:], own[agreed])
+                    drafts[clip] = realign(draft[agreed:], own[agreed], self.word_starts)
             yield answers
             active = [active[row] for row in left]
             inputs = [self.embed(torch.tensor(answers[clip][-1:], device=self.device)) for clip in active]
@@ -672,7 +675,8 @@ class TinyAudio(nn.Module):
         """Text of one clip, or of a task without sound, in parts as the language model makes them."""
         most = None if task == "transcribe" else LONGEST_ANSWER
         waves = (wave for _, wave in split_audio(read_audio(source))) if source is not None else [None]
-        for number, wave in enumerate(waves):
+        gap = ""
+        for wave in waves:
             audio, counts = self.listen([wave]) if wave is not None else (
                 torch.zeros(1, 0, self.ctc.blank.shape[0], device=self.device), torch.zeros(1, dtype=torch.long))
             drafts = None
@@ -682,10 +686,11 @@ class TinyAudio(nn.Module):
                     continue
             done = ""
             for answers in self.passes(audio, counts, task, drafts, most):
-                text = " " * bool(number) + self.detokenize(answers[0])
+                text = gap + self.detokenize(answers[0])
                 if not text.endswith("\ufffd"):  # in the midst of a character
                     yield text[len(done):]
                     done = text
+            gap = " " if done else gap
 
     @torch.no_grad()
     def align(self, audio, ids):
@@ -724,8 +729,8 @@ class TinyAudio(nn.Module):
         if not ids:
             return []
         seconds, words = self.projector.stack / self.encoder.frame_rate, []
-        for piece, token, span in zip(self.tokenizer.convert_ids_to_tokens(ids), ids, self.align(audio, ids)):
-            if not words or piece[0] in "\u0120\u2581":  # how byte-level BPE and SentencePiece write a leading space
+        for token, span in zip(ids, self.align(audio, ids)):
+            if not words or token in self.word_starts:
                 words.append(([], []))
             words[-1][0].append(token), words[-1][1].append(span)
         return [{"word": self.detokenize(tokens), "start": round(start + spans[0][0] * seconds, 2),
@@ -803,9 +808,15 @@ def read_whole_rows(path):
     return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
-def realign(draft, token):
-    """What is left of a draft behind a token that the decoder put in the place of its first."""
-    return draft[draft.index(token) + 1:] if token in draft[:4] else draft[1:]
+def realign(draft, token, word_starts):
+    """What is left of a draft behind a token that the decoder put in the place of its first: behind the same token if that
+    comes soon, else from the next word on."""
+    if token in draft[:4]:
+        return draft[draft.index(token) + 1:]
+    skip = 1 if token in word_starts else 0  # another word instead, or more of the word before
+    while skip < len(draft) and draft[skip] not in word_starts:
+        skip += 1
+    return draft[skip:]
 
 
 def take_seconds(pieces, seconds):
