@@ -503,7 +503,7 @@ class TinyAudio(nn.Module):
         cache = self.prefix_cache(prefix) if prefix else DynamicCache(config=self.decoder.config)
         cache.batch_repeat_interleave(len(audio))
         suffix = self.embed(torch.tensor(suffix, dtype=torch.long, device=self.device))
-        limits = [most or int(6.5 * count * self.projector.stack / self.encoder.frame_rate + 10) for count in counts.tolist()]
+        limits = [most or limit for limit in self.token_limits(counts)]
         drafts, answers = list(drafts or [[]] * len(audio)), [[] for _ in audio]
         inputs = [torch.cat([clip[:count].to(suffix.dtype), suffix]) for clip, count in zip(audio, counts.tolist())]
         active = list(range(len(audio)))  # the clips that are not at their end; all tensors below have a row for each
@@ -521,10 +521,10 @@ class TinyAudio(nn.Module):
                                           use_cache=True)
             checked = [hidden[size - 1 - len(drafts[clip]):size]
                        for clip, hidden, size in zip(active, out.last_hidden_state, sizes.tolist())]
-            choices = self.decoder.get_output_embeddings()(torch.cat(checked)).argmax(-1)
+            choices = iter(self.decoder.get_output_embeddings()(torch.cat(checked)).argmax(-1).tolist())
             left = []
-            for row, (clip, own) in enumerate(zip(active, choices.split([len(part) for part in checked]))):
-                own, draft = own.tolist(), drafts[clip]
+            for row, clip in enumerate(active):
+                draft, own = drafts[clip], list(itertools.islice(choices, len(checked[row])))
                 agreed = next((i for i, (a, b) in enumerate(zip(own, draft)) if a != b), len(draft))
                 mask[row, width + len(rows[row]) - len(draft) + agreed:] = False
                 if self.extend(answers[clip], own[:agreed + 1], limits[clip]):
@@ -537,6 +537,10 @@ class TinyAudio(nn.Module):
                 left = torch.tensor(left, dtype=torch.long, device=self.device)
                 cache.batch_select_indices(left)
                 mask = mask[left]
+
+    def token_limits(self, counts):
+        """The most tokens that clips of `counts` (B,) stacked frames can hold: 6.5 a second and a few more."""
+        return [int(6.5 * count * self.projector.stack / self.encoder.frame_rate + 10) for count in counts.tolist()]
 
     def extend(self, answer, tokens, limit):
         """Append tokens to an answer, up to the end token, the limit, or a loop. Returns whether it goes on."""
@@ -566,7 +570,7 @@ class TinyAudio(nn.Module):
         silent = ~length_mask(counts, spoken.shape[1])[..., None]
         spoken = spoken.masked_fill(silent, -math.inf)
         spoken[..., :1] = spoken[..., :1].masked_fill(silent, 0)  # behind a clip's end all frames are blank for certain
-        spoken = spoken.double().cpu().numpy()
+        spoken = spoken.cpu().double().numpy()
         prompts = self.embed_prompt(audio, counts)
         sizes = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         mask = length_mask(sizes, sizes.max())
@@ -585,7 +589,7 @@ class TinyAudio(nn.Module):
             last = np.array([found[-1] if found else 0 for _, found, _ in rows])
             scores, grown = prefix_extend(spoken[of], paths, last, classes)
             known = np.array([lm for *_, lm in rows])
-            lm = known[:, None] + top.values.double().cpu().numpy()
+            lm = known[:, None] + top.values.cpu().double().numpy()
             total = (1 - weight) * lm + weight * scores
             whole = (1 - weight) * (known + ends) + weight * np.logaddexp(paths[:, -1, 0], paths[:, -1, 1])
             chosen = []
@@ -616,7 +620,7 @@ class TinyAudio(nn.Module):
 
         decode is "ctc", what the projector spells; "greedy", through the language model, which checks that as a draft;
         or "joint", both together; by default what had the lowest WER when the checkpoint was trained. Where nothing is
-        spelled nobody speaks, and the language model is not asked; where it runs in a loop the spelling stands.
+        spelled nobody speaks, and the language model is not asked; where it loops or never ends the spelling stands.
         """
         spelled = self.spell(audio, counts)
         spoken = [clip for clip, answer in enumerate(spelled) if answer]
@@ -626,8 +630,9 @@ class TinyAudio(nn.Module):
                 spelled[clip] = answer
         if decode == "greedy" and spoken:
             drafts = [self.tokenize(self.detokenize(spelled[clip])) for clip in spoken]
-            for clip, answer in zip(spoken, self.generate(audio[spoken], counts[spoken], drafts=drafts)):
-                spelled[clip] = spelled[clip] if loop_length(answer) else answer
+            answers = self.generate(audio[spoken], counts[spoken], drafts=drafts)
+            for clip, answer, limit in zip(spoken, answers, self.token_limits(counts[spoken])):
+                spelled[clip] = spelled[clip] if loop_length(answer) or len(answer) >= limit else answer
         return spelled
 
     def segments(self, sources, decode=None, task="transcribe", words=False, batch_seconds=120):
@@ -858,9 +863,9 @@ def prefix_extend(log_probs, paths, last, classes):
 
 def loop_length(ids):
     """How many tokens at the end of `ids` only repeat what stands before them, if that is a loop (else 0): the same
-    1 to 12 tokens four times over and at least eight tokens long."""
-    for size in range(1, 13):
-        times = max(4, math.ceil(8 / size))
+    1 to 24 tokens three times over and at least eight tokens long."""
+    for size in range(1, 25):
+        times = max(3, math.ceil(8 / size))
         if ids[-times * size:] == ids[-size:] * times:
             return (times - 1) * size
     return 0

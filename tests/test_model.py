@@ -319,11 +319,21 @@ def test_greedy_ctc_collapses_repeats_and_blanks(toys, monkeypatch):
     assert model.spell(torch.zeros(1, 9, 32), torch.tensor([6])) == [[tokens[2], tokens[2], tokens[4]]]
 
 
+def test_where_the_decoder_loops_the_spelling_stands(toys):
+    model = build(toys)
+    audio, counts = model.listen(WAVES)
+    answers, spelled = model.generate(audio, counts), model.spell(audio, counts)
+    lost = [loop_length(answer) > 0 or len(answer) >= limit for answer, limit in zip(answers, model.token_limits(counts))]
+    expected = [ids if is_lost or not ids else answer for answer, ids, is_lost in zip(answers, spelled, lost)]
+    assert any(lost) and expected != answers
+    assert model.hear(audio, counts, "greedy") == expected
+
+
 def test_loops_are_found_and_cut():
-    assert loop_length([1, 2, 3, 4] + [5, 6, 7] * 4) == 9
+    assert loop_length([1, 2, 3, 4] + [5, 6, 7] * 3) == 6
     assert loop_length([1, 2] + [9] * 8) == 7
     assert loop_length([9] * 7) == 0  # "no no no no no no no" has been said
-    assert loop_length([5, 6, 7] * 3) == 0
+    assert loop_length([5, 6, 7, 8] * 2) == 0
     assert loop_length(list(range(50))) == 0
 
 
