@@ -16,14 +16,10 @@ from tinyaudio import SAMPLE_RATE, InputError, TinyAudio, load_audio, read_clips
 ASSETS = Path(__file__).parent / "assets"
 
 
-def drafts_of(model, audio, counts):
-    return [model.tokenize(model.detokenize(answer)) for answer in model.spell(audio, counts)]
-
-
 WAYS = {  # name -> a function of a model and a batch: token ids of every clip, passes of the decoder
     "ctc": lambda model, audio, counts: [model.spell(audio, counts)],
     "plain greedy": lambda model, audio, counts: list(model.passes(audio, counts)),
-    "draft and verify": lambda model, audio, counts: list(model.passes(audio, counts, drafts=drafts_of(model, audio, counts))),
+    "draft and verify": lambda model, audio, counts: list(model.passes(audio, counts, drafts=model.respell(model.spell(audio, counts)))),
     "joint": lambda model, audio, counts: [model.search(audio, counts)],
 }
 
@@ -41,6 +37,8 @@ def main():
 
     model = TinyAudio.load(args.model, args.device, torch.float32 if args.float32 else None)
     waves = [load_audio(clip["audio"]) for clip in read_clips(args.dataset)[:args.clips]]
+    if not waves:
+        raise InputError(f"no clips of {args.dataset} to decode: raise --clips")
     waves.sort(key=len)
     seconds = sum(map(len, waves)) / SAMPLE_RATE
     print(f"{args.model}, {len(waves)} clips, {seconds:.0f} s of audio, {model.embed.weight.dtype}, {model.device}\n"

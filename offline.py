@@ -38,7 +38,7 @@ class InputError(Exception):
 
 
 def cache_folder():
-    """Where converted backbones and encoded frames are kept: $TINYAUDIO_CACHE, or ~/.cache/tinyaudio."""
+    """Where converted backbones are kept: $TINYAUDIO_CACHE, or ~/.cache/tinyaudio."""
     path = Path(os.environ.get("TINYAUDIO_CACHE") or Path.home() / ".cache" / "tinyaudio").expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)

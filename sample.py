@@ -129,7 +129,7 @@ def render(format, name, segments, seconds):
 
 
 def main():
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True, errors="surrogateescape")  # names of files are any bytes
     args = parse_args()
     if args.text is not None:
         for part in TinyAudio.load(args.model, args.device).stream(task=args.text):

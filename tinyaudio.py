@@ -7,7 +7,7 @@
     print(model.transcribe("file.wav"))
 
 The file is laid out in the order in which the sound travels:
-names, audio, encoder, projector, CTC head, TinyAudio (prompt, loss, generate, save, load), data.
+names, audio, encoder, projector, CTC head, LoRA, TinyAudio (prompt, loss, decoding, save and load), data.
 
 Letters in shapes: B clips, T encoder frames (50 a second), N stacked frames (10 a second), D the encoder's width,
 d the decoder's width, V tokens that the CTC head spells with.
@@ -123,7 +123,8 @@ def read_audio(source, sample_rate=SAMPLE_RATE):
     Yields float32 arrays (samples,), mono, 16 kHz, of about 10 s.
     Raises InputError if the source is missing, empty, not audio, or holds samples that are not numbers.
     """
-    name, total = source if isinstance(source, (str, Path)) else getattr(source, "name", "audio"), 0
+    name, total = source if isinstance(source, (str, Path)) else getattr(source, "name", None), 0
+    name = name if isinstance(name, (str, Path)) else "audio input"  # temporary files are named by a number
     try:
         with contextlib.ExitStack() as stack:
             if isinstance(source, (str, Path)):
@@ -327,7 +328,7 @@ class CTCHead(nn.Module):
 
 class LoRA(nn.Module):
     """A trained low-rank update of a frozen linear layer, W x + B A x (Hu et al. 2021), hooked on so that the layer itself
-    stays as it is. Optional: the bridge alone is enough for a large decoder, a small one gains by it."""
+    stays as it is. Optional; made for small decoders, which hardly learn to listen without."""
 
     def __init__(self, linear, rank):
         super().__init__()
@@ -336,6 +337,7 @@ class LoRA(nn.Module):
         self.linear, self.hook = [linear], linear.register_forward_hook(self.add)  # in a list: it is no part of this module
 
     def add(self, _, inputs, output):
+        """The hook: inputs of one tensor (..., in), output (..., out) -> (..., out)."""
         return output + F.linear(F.linear(inputs[0], self.a.to(output.dtype)), self.b.to(output.dtype))
 
     def merge(self):
@@ -353,7 +355,7 @@ JOINT_WEIGHT = 0.5  # of the CTC score in joint decoding; chosen on the developm
 
 
 class TinyAudio(nn.Module):
-    """Encoder, projector, CTC head and decoder. Only the projector and the CTC head have gradients.
+    """Encoder, projector, CTC head and decoder. Only the projector, the CTC head and LoRA, if any, have gradients.
 
     Parameters: the names of the two backbones; the projector's stack and hidden width; the rank of a low-rank update of
     the decoder, 0 for none; and how `transcribe` decodes. This makes an untrained model; `TinyAudio.load` brings a trained one.
@@ -478,6 +480,10 @@ class TinyAudio(nn.Module):
         paths = [torch.unique_consecutive(path[:count]) for path, count in zip(best, counts.tolist())]
         return [self.ctc.tokens[path[path > 0] - 1].tolist() for path in paths]
 
+    def respell(self, answers):
+        """B lists of token ids -> the same texts in the tokens that the tokenizer, and so the language model, would choose."""
+        return [self.tokenize(self.detokenize(answer)) for answer in answers]
+
     def generate(self, audio, counts, task="transcribe", drafts=None, most=None):
         """Greedy decoding through the language model: what the last of the `passes` has."""
         answers = [[] for _ in audio]
@@ -494,6 +500,7 @@ class TinyAudio(nn.Module):
         Parameters
         ----------
         audio (B, N, d), counts (B,)
+        task : one of TASKS, or any instruction
         drafts : B lists of token ids
         most : tokens of an answer; by default 6.5 a second of sound and a few more
 
@@ -565,6 +572,7 @@ class TinyAudio(nn.Module):
 
         A beam search over (1 - weight) log p_LM + weight log p_CTC. The language model knows sentences; the CTC prefix
         score, the probability of all paths that begin with a text, holds it to the sound: no loops, nothing invented.
+        beam is the hypotheses kept of each clip, choices the tokens that the language model proposes for each of them.
         """
         spoken = self.ctc(audio, self.embed.weight).log_softmax(-1)
         silent = ~length_mask(counts, spoken.shape[1])[..., None]
@@ -575,12 +583,12 @@ class TinyAudio(nn.Module):
         sizes = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         mask = length_mask(sizes, sizes.max())
         out = self.decoder.base_model(inputs_embeds=pad_sequence(prompts, batch_first=True), attention_mask=mask, use_cache=True)
-        hidden, cache = out.last_hidden_state[torch.arange(len(sizes)), sizes - 1], out.past_key_values
+        hidden, cache = out.last_hidden_state[torch.arange(len(sizes), device=self.device), sizes - 1], out.past_key_values
         # One row for each hypothesis of each clip; at first a single empty one.
         rows = [(clip, (), 0.0) for clip in range(len(audio))]  # clip, classes, log p_LM
         paths = prefix_start(spoken)
         best = [((), -math.inf)] * len(audio)  # of the hypotheses that have ended
-        while rows:
+        while True:
             log_probs = self.decoder.get_output_embeddings()(hidden).float().log_softmax(-1)
             ends = log_probs[:, self.tokenizer.eos_token_id].tolist()
             top = log_probs[:, self.ctc.tokens].topk(min(choices, len(self.ctc.tokens)))
@@ -622,17 +630,15 @@ class TinyAudio(nn.Module):
         or "joint", both together; by default what had the lowest WER when the checkpoint was trained. Where nothing is
         spelled nobody speaks, and the language model is not asked; where it loops or never ends the spelling stands.
         """
-        spelled = self.spell(audio, counts)
+        spelled, decode = self.spell(audio, counts), decode or self.decode
         spoken = [clip for clip, answer in enumerate(spelled) if answer]
-        decode = decode or self.decode
-        if decode == "joint":
-            for clip, answer in zip(spoken, self.search(audio[spoken], counts[spoken]) if spoken else ()):
+        if decode == "ctc" or not spoken:
+            return spelled
+        audio, counts, drafts = audio[spoken], counts[spoken], self.respell([spelled[clip] for clip in spoken])
+        answers = self.search(audio, counts) if decode == "joint" else self.generate(audio, counts, drafts=drafts)
+        for clip, answer, limit in zip(spoken, answers, self.token_limits(counts)):
+            if decode == "joint" or not (loop_length(answer) or len(answer) >= limit):
                 spelled[clip] = answer
-        if decode == "greedy" and spoken:
-            drafts = [self.tokenize(self.detokenize(spelled[clip])) for clip in spoken]
-            answers = self.generate(audio[spoken], counts[spoken], drafts=drafts)
-            for clip, answer, limit in zip(spoken, answers, self.token_limits(counts[spoken])):
-                spelled[clip] = spelled[clip] if loop_length(answer) or len(answer) >= limit else answer
         return spelled
 
     def segments(self, sources, decode=None, task="transcribe", words=False, batch_seconds=120):
@@ -656,7 +662,7 @@ class TinyAudio(nn.Module):
             yield from window
 
     def pieces(self, sources):
-        """Dicts source, start, end, wave, or source, error."""
+        """Dicts source (index), start, end (seconds), wave (samples,), or source, error, of all sources in order."""
         for index, source in enumerate(sources):
             try:
                 for start, wave in split_audio(read_audio(source)):
@@ -677,7 +683,8 @@ class TinyAudio(nn.Module):
         return texts if many else texts[0]
 
     def stream(self, source=None, task="transcribe"):
-        """Text of one clip, or of a task without sound, in parts as the language model makes them."""
+        """Text of one clip (whatever `read_audio` takes), in parts as the language model makes them, greedily; without a
+        source, its answer to `task`, which is then any text."""
         most = None if task == "transcribe" else LONGEST_ANSWER
         waves = (wave for _, wave in split_audio(read_audio(source))) if source is not None else [None]
         gap = ""
@@ -686,7 +693,7 @@ class TinyAudio(nn.Module):
                 torch.zeros(1, 0, self.ctc.blank.shape[0], device=self.device), torch.zeros(1, dtype=torch.long))
             drafts = None
             if task == "transcribe":
-                drafts = [self.tokenize(self.detokenize(answer)) for answer in self.spell(audio, counts)]
+                drafts = self.respell(self.spell(audio, counts))
                 if not drafts[0]:
                     continue
             done = ""
@@ -707,7 +714,8 @@ class TinyAudio(nn.Module):
         words = (z.to(self.embed.weight.dtype) @ self.embed.weight[ids].T).float()
         # States: blank, token, blank, token, ..., blank.
         scores = torch.empty(len(audio), 2 * len(ids) + 1)
-        scores[:, 0::2], scores[:, 1::2] = (logits[:, :1] - total).cpu(), (words - total).clamp(max=0).cpu()  # those the head lacks may exceed its total
+        scores[:, 0::2] = (logits[:, :1] - total).cpu()
+        scores[:, 1::2] = (words - total).clamp(max=0).cpu()  # a token that the head lacks may exceed its total
         scores = scores.double().numpy()
         state = np.arange(scores.shape[1])
         may_skip = (state % 2 == 1) & (state > 1)
@@ -730,7 +738,8 @@ class TinyAudio(nn.Module):
         return spans
 
     def time_words(self, audio, ids, start, end):
-        """Words of an answer about the sound from start to end: dicts word, start, end (seconds), probability."""
+        """Words of an answer, L token ids, to audio (N, d) that lies between start and end: dicts word, start, end (seconds),
+        probability."""
         if not ids:
             return []
         seconds, words = self.projector.stack / self.encoder.frame_rate, []
@@ -789,7 +798,8 @@ class TinyAudio(nn.Module):
         try:
             tensors = safetensors.torch.load_file(file)
             if self.lora and file.with_name("lora.safetensors").exists():
-                tensors |= safetensors.torch.load_file(file.with_name("lora.safetensors"))
+                file = file.with_name("lora.safetensors")
+                tensors |= safetensors.torch.load_file(file)
             else:  # a low-rank update starts from nothing
                 expected = {name for name in expected if not name.startswith("lora.")}
             if tensors.keys() != expected:

@@ -64,7 +64,7 @@ def parse_args():
     add("--mask", type=float, default=0.15, help="share of stacked frames masked while training")
     add("--dropout", type=float, default=0.15, help="dropout in the projector")
     add("--speech-free", type=float, default=0.03, help="share of clips of noise and tones, without text, that are added")
-    add("--compile", action="store_true", help="compile the decoder's layers (slow to start, then up to twice as fast)")
+    add("--compile", action="store_true", help="compile the decoder's layers (slow to start, then faster)")
     add("--keep-frames", type=float, default=4, metavar="GB",
         help="encode the data once and keep the frames in memory if they take at most this much")
     add("--log-every", type=positive, default=20, help="steps between log lines")
@@ -268,8 +268,10 @@ def main():
     model.decode = "ctc" if args.ctc_steps else "greedy"  # until a validation knows better
     model.train()
     if model.device.type == "cpu":
-        model.decoder.set_attn_implementation("eager")  # its backward pass is twice as fast there as that of fused attention
+        model.decoder.set_attn_implementation("eager")  # the backward pass of fused attention is slow there
     if args.compile:
+        if not hasattr(model.decoder.base_model, "layers"):
+            raise InputError(f"--compile does not know the layers of {args.decoder}: leave it out")
         for layer in model.decoder.base_model.layers:
             layer.compile(dynamic=True)
 
