@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import soxr
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -63,6 +64,8 @@ def parse_args():
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--mask", type=float, default=0.15, help="share of stacked frames masked while training")
     add("--dropout", type=float, default=0.15, help="dropout in the projector")
+    add("--speed", type=float, default=0, metavar="SHARE", help="play each clip up to so much faster or slower, e.g. 0.1")
+    add("--noise", type=float, default=0, metavar="SHARE", help="add noise to so many of the clips, e.g. 0.3")
     add("--speech-free", type=float, default=0.03, help="share of clips of noise and tones, without text, that are added")
     add("--compile", action="store_true", help="compile the decoder's layers (slow to start, then faster)")
     add("--keep-frames", type=float, default=4, metavar="GB",
@@ -136,17 +139,34 @@ def load_waves(clips):
     return waves, good
 
 
+def coloured_noise(size, rng):
+    """Noise (size,) from white to brown, of RMS 1."""
+    frequencies = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
+    spectrum = rng.standard_normal((2, len(frequencies))) / np.maximum(frequencies, 20) ** rng.choice([0, 0.5, 1])
+    noise = np.fft.irfft(spectrum[0] + 1j * spectrum[1], size)
+    return noise / noise.std()
+
+
+def augment(wave, rng, speed, noise, max_seconds):
+    """A clip as it might have been said and recorded too: faster or slower by up to a share of `speed` (Ko et al. 2015), and with
+    noise, 5 to 30 dB below it, for a share of `noise` of all clips."""
+    if speed:
+        factor = max(rng.uniform(1 - speed, 1 + speed), len(wave) / SAMPLE_RATE / max_seconds + 1e-3)
+        wave = soxr.resample(wave, SAMPLE_RATE * factor, SAMPLE_RATE)
+    if rng.random() < noise:
+        loudness = np.sqrt(np.square(wave).mean())
+        wave = wave + coloured_noise(len(wave), rng).astype(np.float32) * loudness * 10 ** (-rng.uniform(5, 30) / 20)
+    return wave
+
+
 def speech_free(count, seed):
     """`count` clips of 1 to 12 s without speech and without text: noise from white to brown, hum, tones and chords, from
     loud to hardly audible, of which the model learns to stay silent."""
     rng, clips = np.random.default_rng(seed), []
     for number in range(count):
         size = int(rng.uniform(1, 12) * SAMPLE_RATE)
-        frequencies = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
-        spectrum = rng.standard_normal((2, len(frequencies))) / np.maximum(frequencies, 20) ** rng.choice([0, 0.5, 1])
-        noise = np.fft.irfft(spectrum[0] + 1j * spectrum[1], size)
         tones = sum(np.sin(2 * np.pi * pitch * np.arange(size) / SAMPLE_RATE) for pitch in rng.uniform(50, 2000, rng.integers(1, 5)))
-        wave = noise / noise.std() * rng.choice([0, 0.1, 1], p=[0.1, 0.3, 0.6]) + tones * rng.choice([0, 1])
+        wave = coloured_noise(size, rng) * rng.choice([0, 0.1, 1], p=[0.1, 0.3, 0.6]) + tones * rng.choice([0, 1])
         wave = (wave / max(1e-9, np.abs(wave).max()) * 10 ** rng.uniform(-3, 0)).astype(np.float32)
         clips.append({"name": f"speech-free {number}", "audio": wave, "text": "", "seconds": size / SAMPLE_RATE})
     return clips
@@ -175,13 +195,16 @@ def make_steps(clips, args, epoch, index):
         epoch, index = epoch + 1, 0
 
 
-def collate(batch):
+def collate(batch, rng=None, args=None, longest=30):
     """Clips -> (frames (B, T, D), lengths (B,)) if they are kept, else waves; and the clips that could be read. Runs in a
     thread of its own while the step before is computed."""
     if "frames" in batch[0]:
         frames = [clip["frames"] for clip in batch]
         return (pad_sequence(frames, batch_first=True), torch.tensor([len(clip) for clip in frames])), batch
-    return load_waves(batch)
+    waves, good = load_waves(batch)
+    if rng and (args.speed or args.noise):
+        waves = [augment(wave, rng, args.speed, args.noise, longest) for wave in waves]
+    return waves, good
 
 
 def encode(model, inputs):
@@ -278,7 +301,7 @@ def main():
     clips += speech_free(min(300, round(args.speech_free * len(clips))), args.seed)
     hours = sum(clip["seconds"] for clip in clips) / 3600
     size = hours * 3600 * model.encoder.frame_rate * model.encoder.dim * 2 / 1e9
-    kept = size <= args.keep_frames
+    kept = size <= args.keep_frames and not (args.speed or args.noise)  # which differ from epoch to epoch
     if kept:
         clips, val = (keep_frames(model, part, args.batch_seconds) for part in (clips, val))
     if not clips or not val:
@@ -337,7 +360,7 @@ def main():
 
     def prefetch():
         epoch, index, batches = next(plan)
-        return epoch, index, [collate(batch) for batch in batches]
+        return epoch, index, [collate(batch, np.random.default_rng([args.seed, epoch, index]), args, longest) for batch in batches]
 
     future = loader.submit(prefetch)
     progress = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
