@@ -43,6 +43,7 @@ BENCHMARKS = {  # name -> hub id, config, split, audio column, text column
     "commonvoice": (ESB, "common_voice", "test", "audio", "text"),
 }
 NORMALIZERS = {"english": EnglishTextNormalizer(), "basic": BasicTextNormalizer(), "none": lambda text: " ".join(text.split())}
+DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 IGNORED = "ignore time segment in scoring"  # how TED-LIUM marks what was not transcribed
 
 
@@ -100,12 +101,11 @@ def marked(reference, hypothesis, normalizer="english"):
 def read_samples(args):
     """The clips to score, dicts of name, audio (path or bytes) and text, and the name of the set for the output folder."""
     asked = (args.config, args.split, args.audio_column, args.text_column)
-    is_file = Path(args.dataset).exists() or Path(args.dataset).suffix in (".jsonl", ".csv", ".tsv", ".parquet")
-    on_hub = args.dataset in BENCHMARKS or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", args.dataset) and not is_file
-    if on_hub:
+    if args.dataset in BENCHMARKS or is_hub_id(args.dataset):
         hub_id, *defaults = BENCHMARKS.get(args.dataset, (args.dataset, None, "test", "audio", "text"))
         config, split, *columns = (a or b for a, b in zip(asked, defaults))
-        clips = from_hub(lambda source: stream(source, config, split, *columns, args.max_samples, args.seed), hub_id)
+        rows = open_stream(hub_id, config, split, *columns)
+        clips = from_hub(lambda source: draw_clips(rows, source, args.max_samples, args.seed), hub_id)
         return clips, "-".join(filter(None, [args.dataset.replace("/", "-"), config, split]))
     if any(asked):
         raise InputError("--config, --split, --audio-column and --text-column are for benchmarks and hub ids, not for files")
@@ -114,24 +114,40 @@ def read_samples(args):
     return clips[:args.max_samples], re.sub(r"\W+", "-", Path(args.dataset).with_suffix("").as_posix()).strip("-")
 
 
-def stream(hub_id, config, split, audio_column, text_column, max_samples, seed):
-    """Random clips of a dataset on the Hub, each equally likely, by reservoir sampling over the whole split; all of them if
-    max_samples is None. The audio stays encoded until `load_audio` decodes it."""
-    from datasets import Audio, load_dataset
+def is_hub_id(name):
+    """Whether a name is that of something on the Hugging Face Hub, owner/name, and no file or folder here."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists() and Path(name).suffix not in DATA_SUFFIXES
 
-    data = load_dataset(hub_id, config, split=split, streaming=True)
+
+def open_stream(hub_id, config, split, audio_column, text_column):
+    """A dataset on the Hub as a `datasets.IterableDataset` of rows audio (bytes, path) and text; the audio is encoded as it was."""
+    from datasets import load_dataset
+
+    data = from_hub(lambda source: load_dataset(source, config, split=split, streaming=True), hub_id)
     columns = data.column_names or list(next(iter(data)))
     for column in (audio_column, text_column):
         if column not in columns:
             raise InputError(f"{hub_id} has no column {column}, but {', '.join(columns)}: --audio-column, --text-column")
-    data = data.select_columns([audio_column, text_column]).cast_column(audio_column, Audio(decode=False))
+    data = data.cast_column(audio_column, encoded_audio()).select_columns([audio_column, text_column])
+    return data.rename_columns({name: new for name, new in ((audio_column, "audio"), (text_column, "text")) if name != new})
+
+
+def encoded_audio():
+    """The type of a column of encoded audio. `Audio(decode=False)` holds the same, but wants torchcodec as soon as a column is renamed or a stream shuffled."""
+    from datasets import Value
+
+    return {"bytes": Value("binary"), "path": Value("string")}
+
+
+def draw_clips(rows, name, max_samples, seed):
+    """Random clips of a stream of rows, each equally likely, by reservoir sampling over the whole of it; all if max_samples is None."""
     rng, clips = random.Random(seed), []
-    for number, row in enumerate(data):
+    for number, row in enumerate(rows):
         place = number if len(clips) < (max_samples or math.inf) else rng.randrange(number + 1)
         if place < (max_samples or math.inf):
-            audio = row[audio_column] or {}
-            clips[place:place + 1] = [{"name": f"{hub_id}#{number}", "audio": audio.get("bytes") or audio.get("path"),
-                                       "text": clean_text(row[text_column] or "")}]
+            audio = row["audio"] or {}
+            clips[place:place + 1] = [{"name": f"{name}#{number}", "audio": audio.get("bytes") or audio.get("path"),
+                                       "text": clean_text(row["text"] or "")}]
     rng.shuffle(clips)
     return clips
 

@@ -420,6 +420,11 @@ class TinyAudio(nn.Module):
         tokens |= set(self.ctc.tokens.tolist())
         self.ctc.tokens = torch.tensor(sorted(tokens), dtype=torch.int32, device=self.device)
 
+    def spelling(self, answer, known):
+        """Token ids with those that are not known to the CTC head spelled in characters."""
+        return [piece for token in answer for piece in
+                ([token] if token in known else sum(map(self.tokenize, self.tokenizer.decode([token])), [])) if piece in known]
+
     # ------------------------------------------------------------------------------------------------------- loss
 
     def loss(self, frames, lengths, answers, ctc_weight=0.1, lm_weight=1.0):
@@ -439,8 +444,9 @@ class TinyAudio(nn.Module):
     def ctc_loss(self, audio, counts, answers):
         """Summed CTC loss; an answer that has more tokens than the clip has frames counts as zero."""
         log_probs = self.ctc(audio, self.embed.weight).log_softmax(-1).transpose(0, 1)
-        flat = torch.tensor(sum(answers, []), dtype=torch.int32, device=self.device)
-        classes = torch.searchsorted(self.ctc.tokens, flat) + 1
+        number = {token: i for i, token in enumerate(self.ctc.tokens.tolist(), 1)}
+        answers = [[number[token] for token in self.spelling(answer, number)] for answer in answers]
+        classes = torch.tensor(sum(answers, []), dtype=torch.int32, device=self.device)
         sizes = torch.tensor([len(answer) for answer in answers], device=self.device)
         if self.device.type == "mps":  # which has no CTC loss of its own
             log_probs, classes, counts, sizes = (tensor.cpu() for tensor in (log_probs, classes, counts, sizes))

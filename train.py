@@ -1,8 +1,12 @@
 """Train the bridge between a frozen audio encoder and a frozen language model.
 
-    python train.py --dataset assets/quickstart/train.jsonl --val assets/quickstart/test.jsonl --out out/quickstart
-    python train.py --encoder hubert --decoder qwen3-8b --dataset "data/*.parquet" --out out/mine
+    python train.py --encoder hubert --decoder qwen3-8b                 LoquaciousSet, streamed: about a day on one GPU
+    python train.py --encoder hubert --decoder qwen3-8b --plan          what that takes, without loading any weights
+    torchrun --nproc_per_node=4 train.py --encoder hubert --decoder qwen3-8b
+    python train.py --encoder whisper-base --decoder smollm2-135m --dataset mine.jsonl --out out/mine
     python train.py --resume out/mine
+    python train.py --plot out/mine                                     loss, WER and speed as out/mine/plot.png
+    python train.py --push out/mine user/name                           to the Hugging Face Hub
 
 Phase 1 (--ctc-steps) teaches the projector to spell in the decoder's own embeddings, by CTC; the decoder is not run.
 Phase 2 (--steps) is cross-entropy through the frozen decoder, with a little of the CTC loss kept.
@@ -10,27 +14,40 @@ Ctrl-C or SIGTERM saves and stops; what is in --out can be used at any time.
 """
 
 import argparse
+import fcntl
 import io
+import itertools
 import json
 import math
+import os
 import random
+import re
+import resource
 import signal
 import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import soxr
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from eval import corpus_wer
-from tinyaudio import (SAMPLE_RATE, InputError, TinyAudio, first_line, load_audio, make_batches, read_clips, read_whole_rows,
-                       write_whole)
+from eval import corpus_wer, encoded_audio, is_hub_id, open_stream
+from tinyaudio import (DECODERS, ENCODERS, SAMPLE_RATE, InputError, Projector, TinyAudio, clean_text, first_line, from_hub, load_audio,
+                       locate, make_batches, read_clips, read_whole_rows, write_whole)
+
+TRAINING_SETS = {  # name -> hub id, config, split, audio column, text column
+    "loquacious": ("speechbrain/LoquaciousSet", "medium", "train", "wav", "text"),
+    "librispeech": ("openslr/librispeech_asr", "clean", "train.360", "audio", "text"),
+}
 
 
 def positive(text):
@@ -44,16 +61,21 @@ def parse_args():
     add = parser.add_argument
     add("--encoder", default="whisper-base", help="hubert, whisper, whisper-base, a hub id or a folder")
     add("--decoder", default="smollm2-135m", help="qwen3-8b, smollm3-3b, smollm2-135m, a hub id or a folder ...")
-    add("--dataset", help=".jsonl, .csv, .tsv, .parquet files (globs, commas between) or a folder")
-    add("--val", help="the same, to watch the WER on; by default 50 clips of --dataset are held out")
+    add("--dataset", default="loquacious", help="loquacious, librispeech, a hub id, or .jsonl, .csv, .tsv, .parquet files (globs) or a "
+        "folder; several with commas between, and mixed by weight as in a:0.7,b:0.3")
+    add("--config", help="of a dataset on the Hub, such as clean, small, medium or large of loquacious")
+    add("--split", help="of a dataset on the Hub")
+    add("--audio-column", help="of a dataset on the Hub")
+    add("--text-column", help="of a dataset on the Hub")
+    add("--val", help="files to watch the WER on; by default --val-clips of --dataset are held out")
     add("--out", default="out", help="folder of the checkpoint and log.jsonl")
     add("--resume", metavar="OUT", help="go on with an interrupted run, exactly; takes no other flag")
     add("--init-from", metavar="CKPT", help="start from a trained checkpoint instead of from nothing")
     add("--stack", type=positive, default=5, help="encoder frames per projector frame")
     add("--hidden", type=int, help="hidden width of the projector (by default about 13M parameters)")
-    add("--lora", type=int, default=0, metavar="RANK", help="train a low-rank update of the decoder too, in phase 2 (0: none)")
-    add("--ctc-steps", type=int, default=2000, help="steps of phase 1")
-    add("--steps", type=int, default=2000, help="steps of phase 2")
+    add("--lora-rank", type=int, default=0, help="train a low-rank update of the decoder too, in phase 2 (0: none)")
+    add("--ctc-steps", type=int, default=4000, help="steps of phase 1")
+    add("--steps", type=int, default=60000, help="steps of phase 2")
     add("--ctc-weight", type=float, default=0.1, help="weight of the CTC loss in phase 2, if there was a phase 1")
     add("--batch-seconds", type=float, default=120, help="seconds of audio, padding included, per forward pass")
     add("--accumulate", type=positive, default=1, help="forward passes per optimizer step")
@@ -66,15 +88,24 @@ def parse_args():
     add("--dropout", type=float, default=0.15, help="dropout in the projector")
     add("--speed", type=float, default=0, metavar="SHARE", help="play each clip up to so much faster or slower, e.g. 0.1")
     add("--noise", type=float, default=0, metavar="SHARE", help="add noise to so many of the clips, e.g. 0.3")
-    add("--speech-free", type=float, default=0.03, help="share of clips of noise and tones, without text, that are added")
+    add("--no-speech", type=float, default=0.03, metavar="SHARE", help="add so many clips of silence, noise and tones, without text")
     add("--compile", action="store_true", help="compile the decoder's layers (slow to start, then faster)")
+    add("--checkpointing", action="store_true", help="recompute the decoder's activations in the backward pass: less memory, a third slower")
     add("--keep-frames", type=float, default=4, metavar="GB",
-        help="encode the data once and keep the frames in memory if they take at most this much")
+        help="encode local data once and keep the frames in memory if they take at most this much")
+    add("--window", type=positive, default=1000, help="clips of a stream that are shuffled and sorted into batches together")
+    add("--workers", type=positive, default=min(8, os.cpu_count()), help="threads that decode and resample")
     add("--log-every", type=positive, default=20, help="steps between log lines")
     add("--eval-every", type=positive, default=500, help="steps between validations, each of which saves a checkpoint")
     add("--val-clips", type=positive, default=50, help="clips to validate on")
+    add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
+    add("--push-to-hub", metavar="NAME", help="upload the finished checkpoint to the Hugging Face Hub, as user/name")
     add("--device", help="cuda, mps or cpu; by default the best there is")
     add("--seed", type=int, default=0)
+    add("--plan", nargs="?", type=float, const=0.0, metavar="HOURS", help="print parameters, memory, time and price of the run, or of so "
+        "many hours of audio, and stop")
+    add("--plot", metavar="OUT", help="draw log.jsonl of a run and stop")
+    add("--push", nargs=2, metavar=("OUT", "NAME"), help="upload a checkpoint and stop")
     args = parser.parse_args()
     if args.resume:
         if any(value != parser.get_default(name) for name, value in vars(args).items() if name != "resume"):
@@ -84,59 +115,125 @@ def parse_args():
         except Exception as error:
             raise InputError(f"{args.resume} has no run to resume ({first_line(error)})") from None
         return argparse.Namespace(**{**state["args"], "out": args.resume}), state
-    if not args.dataset:
-        parser.error("--dataset is needed")
-    if (Path(args.out) / "state.pt").exists():
-        raise InputError(f"{args.out} holds a run already: continue it with --resume {args.out}, or choose another --out")
     return args, None
-
-
-# ------------------------------------------------------------------------------------------------------------- data
-
-
-def measure(clips, max_seconds):
-    """Add `seconds` to each clip from its header. Returns the usable ones; says how many were left out and why."""
-    usable, broken, empty, long = [], [], 0, 0
-    for clip in clips:
-        try:
-            source = io.BytesIO(clip["audio"]) if isinstance(clip["audio"], bytes) else clip["audio"]
-            clip["seconds"] = soundfile.info(source).duration
-        except (soundfile.SoundFileError, OSError, TypeError):
-            broken.append(clip["name"])
-            continue
-        if clip["seconds"] > max_seconds:
-            long += 1
-        elif not clip["text"] or clip["seconds"] < 0.1:
-            empty += 1
-        else:
-            usable.append(clip)
-    if broken:
-        warn(f"left out {len(broken)} clips that are not readable audio, the first is {broken[0]}")
-    if long or empty:
-        warn(f"left out {long} clips over {max_seconds:g} s and {empty} without text or under 0.1 s")
-    if not usable:
-        raise InputError("no usable clip in the dataset")
-    return usable
 
 
 def warn(message):
     tqdm.write(f"train.py: {message}", file=sys.stderr)
 
 
-def load_waves(clips):
-    """The waves of those clips that can be decoded, and the clips; a broken one is left out with one warning."""
-    waves, good = [], []
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def open_dataset(args):
+    """What --dataset names: (clips, None), a list of clips in files, or (None, stream), an endless `datasets.IterableDataset` of rows
+    audio, text. Weights and sets on the Hub make a stream."""
+    from datasets import Dataset, Features, Value, interleave_datasets
+
+    parts = [re.fullmatch(r"(.+?)(?::([\d.]+))?", part.strip()).groups() for part in args.dataset.split(",") if part.strip()]
+    if not any(weight or name in TRAINING_SETS or is_hub_id(name) for name, weight in parts):
+        return read_clips(args.dataset), None
+    streams = []
+    for name, _ in parts:
+        if name in TRAINING_SETS or is_hub_id(name):
+            source, config, *rest = TRAINING_SETS.get(name, (name, None, "train", "audio", "text"))
+            asked = (args.split, args.audio_column, args.text_column)
+            rows = open_stream(source, args.config or config, *(a or b for a, b in zip(asked, rest)))
+        else:
+            clips = read_clips(name)
+            rows = Dataset.from_dict({"audio": [{"bytes": clip["audio"], "path": clip["name"]} if isinstance(clip["audio"], bytes) else
+                                                {"bytes": None, "path": clip["audio"]} for clip in clips],
+                                      "text": [clip["text"] for clip in clips]},
+                                     features=Features({"audio": encoded_audio(), "text": Value("string")})).shuffle(args.seed)
+            rows = rows.to_iterable_dataset()
+        # This shuffles the order of files; clips are shuffled in windows, which --resume can restore.
+        streams.append(rows.shuffle(args.seed, buffer_size=1).repeat(None))
+    weights = np.array([float(weight or 1) for _, weight in parts])
+    if len(streams) == 1:
+        return None, streams[0]
+    return None, interleave_datasets(streams, probabilities=(weights / weights.sum()).tolist(), seed=args.seed)
+
+
+def measure(clips, max_seconds, left_out):
+    """Those of the clips that can be trained on, with their `seconds` from the header. Counts the others in left_out."""
+    usable = []
     for clip in clips:
         try:
-            waves.append(load_audio(clip["audio"]))
-            if len(waves[-1]) / SAMPLE_RATE > clip["seconds"] + 0.1:
-                raise InputError(f"{len(waves.pop()) / SAMPLE_RATE:.1f} s long, more than its header says")
-            good.append(clip)
+            source = io.BytesIO(clip["audio"]) if isinstance(clip["audio"], bytes) else clip["audio"]
+            clip["seconds"] = soundfile.info(source).duration
+        except (soundfile.SoundFileError, OSError, TypeError):
+            if not left_out["not readable audio"]:
+                warn(f"left out {clip['name']}, which is not readable audio; more such clips are only counted")
+            left_out["not readable audio"] += 1
+            continue
+        reason = (f"over {max_seconds:g} s" if clip["seconds"] > max_seconds else "under 0.1 s" if clip["seconds"] < 0.1 else
+                  "without text" if not clip["text"] else None)
+        left_out[reason] += 1
+        if reason is None:
+            usable.append(clip)
+    return usable
+
+
+def stream_windows(stream, args, max_seconds, left_out, held_out=(), number=0, position=None):
+    """The endless windows of a stream, from a position on: (number, position before it, its usable clips)."""
+    if position:
+        stream.load_state_dict(position)
+    rows = iter(stream)
+    while True:
+        position, clips = stream.state_dict(), []
+        for row in itertools.islice(rows, args.window):
+            audio = row["audio"] or {}
+            name = audio.get("path") or f"clip {len(clips)} of window {number}"
+            if name not in held_out:
+                clips.append({"name": name, "audio": audio.get("bytes") or audio.get("path"), "text": clean_text(row["text"] or "")})
+        clips = measure(clips, max_seconds, left_out)
+        if not clips:
+            raise InputError(f"{args.dataset}: none of {args.window} clips in a row is usable")
+        yield number, position, clips
+        number += 1
+
+
+def make_steps(windows, args, index, rank, ranks):
+    """The endless plan of the run: (epoch or window, position of the stream, index, batches of clips), one item per optimizer step.
+    The order follows from the seed and the number of the epoch alone, which is what makes --resume exact."""
+    for number, position, clips in windows:
+        rng = np.random.default_rng([args.seed, number])
+        if position:
+            clips = clips + no_speech(round(args.no_speech * len(clips)), [args.seed, number, rank])
+        batches = make_batches([clip["seconds"] for clip in clips], args.batch_seconds, rng)
+        # Each process has a stream of its own, but all have the same files, and share their batches.
+        start, by = (0, 1) if position else (rank, ranks)
+        size = args.accumulate * by
+        for index in range(index, -(-len(batches) // size)):
+            mine = batches[index * size:(index + 1) * size][start::by]
+            yield number, position, index, [[clips[i] for i in batch] for batch in mine]
+        index = 0
+
+
+def ahead(items):
+    """The items of a generator, each made in a thread while the one before is used."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(next, items)
+        while True:
+            item, future = future.result(), pool.submit(next, items)
+            yield item
+
+
+def load_waves(clips, pool):
+    """The waves of those clips that can be decoded, and the clips; a broken one is left out with one warning."""
+    def load(clip):
+        try:
+            wave = load_audio(clip["audio"])
+            if len(wave) / SAMPLE_RATE > clip["seconds"] + 0.1:
+                raise InputError(f"{len(wave) / SAMPLE_RATE:.1f} s long, more than its header says")
+            return wave
         except InputError as error:
             if not clip.get("broken"):
                 warn(f"left out {clip['name']}: {error}")
             clip["broken"] = True
-    return waves, good
+
+    pairs = [(wave, clip) for wave, clip in zip(pool.map(load, clips), clips) if wave is not None]
+    return [wave for wave, _ in pairs], [clip for _, clip in pairs]
 
 
 def coloured_noise(size, rng):
@@ -148,8 +245,8 @@ def coloured_noise(size, rng):
 
 
 def augment(wave, rng, speed, noise, max_seconds):
-    """A clip as it might have been said and recorded too: faster or slower by up to a share of `speed` (Ko et al. 2015), and with
-    noise, 5 to 30 dB below it, for a share of `noise` of all clips."""
+    """A clip as it might have been said and recorded too: faster or slower by up to a share of `speed` (Ko et al. 2015), and, for
+    a share of `noise` of all clips, with noise 5 to 30 dB below it."""
     if speed:
         factor = max(rng.uniform(1 - speed, 1 + speed), len(wave) / SAMPLE_RATE / max_seconds + 1e-3)
         wave = soxr.resample(wave, SAMPLE_RATE * factor, SAMPLE_RATE)
@@ -159,7 +256,7 @@ def augment(wave, rng, speed, noise, max_seconds):
     return wave
 
 
-def speech_free(count, seed):
+def no_speech(count, seed):
     """`count` clips of 1 to 12 s without speech and without text: noise from white to brown, hum, tones and chords, from
     loud to hardly audible, of which the model learns to stay silent."""
     rng, clips = np.random.default_rng(seed), []
@@ -168,50 +265,47 @@ def speech_free(count, seed):
         tones = sum(np.sin(2 * np.pi * pitch * np.arange(size) / SAMPLE_RATE) for pitch in rng.uniform(50, 2000, rng.integers(1, 5)))
         wave = coloured_noise(size, rng) * rng.choice([0, 0.1, 1], p=[0.1, 0.3, 0.6]) + tones * rng.choice([0, 1])
         wave = (wave / max(1e-9, np.abs(wave).max()) * 10 ** rng.uniform(-3, 0)).astype(np.float32)
-        clips.append({"name": f"speech-free {number}", "audio": wave, "text": "", "seconds": size / SAMPLE_RATE})
+        clips.append({"name": f"no speech {number}", "audio": wave, "text": "", "seconds": size / SAMPLE_RATE})
     return clips
 
 
-def keep_frames(model, clips, batch_seconds):
+def keep_frames(model, clips, batch_seconds, pool):
     """Encode all clips once; sets clip["frames"], (T, D) in bfloat16, in memory. Returns those that could be decoded."""
     with tqdm(total=len(clips), unit="clip", desc="encoding, once", file=sys.stderr) as progress:
         for batch in make_batches([clip["seconds"] for clip in clips], batch_seconds):
-            waves, good = load_waves([clips[i] for i in batch])
+            waves, good = load_waves([clips[i] for i in batch], pool)
             for clip, frames, length in zip(good, *(model.encoder(waves) if good else ((), ()))):
                 clip["frames"] = frames[:length].to("cpu", torch.bfloat16, copy=True)
             progress.update(len(batch))
     return [clip for clip in clips if "frames" in clip]
 
 
-def make_steps(clips, args, epoch, index):
-    """The endless plan of the run from a position on: (epoch, index, batches of clips), one item per optimizer step.
-    Each epoch's order follows from the seed and its number alone, which is what makes --resume exact."""
-    while True:
-        rng = np.random.default_rng([args.seed, epoch])
-        batches = make_batches([clip["seconds"] for clip in clips], args.batch_seconds, rng)
-        steps = [batches[i:i + args.accumulate] for i in range(0, len(batches), args.accumulate)]
-        for index in range(index, len(steps)):
-            yield epoch, index, [[clips[i] for i in batch] for batch in steps[index]]
-        epoch, index = epoch + 1, 0
+def collate(batch, pool):
+    """Clips -> (frames (B, T, D), lengths (B,)) if they are kept, else waves; and the clips that could be read."""
+    if "frames" not in batch[0]:
+        return load_waves(batch, pool)
+    frames = [clip["frames"] for clip in batch]
+    inputs = pad_sequence(frames, batch_first=True), torch.tensor([len(clip) for clip in frames])
+    return tuple(tensor.pin_memory() if torch.cuda.is_available() else tensor for tensor in inputs), batch
 
 
-def collate(batch, rng=None, args=None, longest=30):
-    """Clips -> (frames (B, T, D), lengths (B,)) if they are kept, else waves; and the clips that could be read. Runs in a
-    thread of its own while the step before is computed."""
-    if "frames" in batch[0]:
-        frames = [clip["frames"] for clip in batch]
-        return (pad_sequence(frames, batch_first=True), torch.tensor([len(clip) for clip in frames])), batch
-    waves, good = load_waves(batch)
-    if rng and (args.speed or args.noise):
-        waves = [augment(wave, rng, args.speed, args.noise, longest) for wave in waves]
-    return waves, good
+def load_steps(steps, args, max_seconds, pool):
+    """What `make_steps` plans, with the clips of each batch decoded and augmented."""
+    for number, position, index, batches in steps:
+        rng, loaded = np.random.default_rng([args.seed, number, index]), []
+        for batch in batches:
+            inputs, good = collate(batch, pool)
+            if args.speed or args.noise:
+                inputs = [augment(wave, rng, args.speed, args.noise, max_seconds) for wave in inputs]
+            loaded.append((inputs, good))
+        yield number, position, index, loaded
 
 
 def encode(model, inputs):
     """What `collate` made of a batch -> frames (B, T, D), lengths (B,) on the model's device."""
     if isinstance(inputs, list):
         return model.encoder(inputs)
-    return tuple(tensor.to(model.device) for tensor in inputs)
+    return tuple(tensor.to(model.device, non_blocking=True) for tensor in inputs)
 
 
 # ------------------------------------------------------------------------------------------------------ measurement
@@ -248,13 +342,20 @@ def model_flops(model, lengths, answers, ctc_weight, lm_weight, encoded):
     return flops
 
 
+def peak_memory(device):
+    """GB that the run has needed at most: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
 @torch.no_grad()
-def validate(model, clips, batch_seconds, decodings):
+def validate(model, clips, batch_seconds, decodings, pool):
     """WER of the clips by each way of decoding; and a transcript to look at, by the last of them."""
     model.eval()
     texts = {decode: {} for decode in decodings}
     for batch in make_batches([clip["seconds"] for clip in clips], batch_seconds):
-        inputs, good = collate([clips[i] for i in batch])
+        inputs, good = collate([clips[i] for i in batch], pool)
         if good:
             audio, counts = model.projector(*encode(model, inputs))
             for decode, found in texts.items():
@@ -265,85 +366,310 @@ def validate(model, clips, batch_seconds, decodings):
     return wers, (clips[0]["text"], texts[decodings[-1]].get(clips[0]["name"], ""))
 
 
+@torch.no_grad()
+def find_offenders(model, heard, weights):
+    """Names of the clips whose loss is not finite; of all, if each by itself is fine."""
+    names = [clip["name"] for frames, lengths, clips in heard for i, clip in enumerate(clips)
+             if not math.isfinite(model.loss(frames[i:i + 1, :lengths[i]], lengths[i:i + 1], [clip["answer"]], *weights)[0].item())]
+    return names or [clip["name"] for *_, clips in heard for clip in clips]
+
+
+# ------------------------------------------------------------------------------------------- plan, plot, model card
+
+GPUS = {  # name -> memory in GB, dense bf16 TFLOP/s of its data sheet, a usual price in USD an hour
+    "RTX 4090": (24, 165, 0.45),
+    "A40": (48, 150, 0.50),
+    "A100": (80, 312, 1.60),
+    "H100": (80, 989, 2.80),
+}
+MFU = 0.35  # of a run, against the data sheet
+
+
+def plan(args):
+    """Print what a run needs. Encoder and decoder are made from their configurations as fake tensors, without weights."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.autograd.graph import saved_tensors_hooks
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    configs = [from_hub(AutoConfig.from_pretrained, locate(*pair)) for pair in ((args.encoder, ENCODERS), (args.decoder, DECODERS))]
+    with FakeTensorMode():
+        encoder, decoder = AutoModel.from_config(configs[0]), AutoModelForCausalLM.from_config(configs[1], dtype=torch.bfloat16)
+        encoder, decoder = getattr(encoder, "encoder", encoder), decoder.eval().requires_grad_(False)
+        width, body = configs[1].hidden_size, decoder.base_model
+        projector = Projector(configs[0].hidden_size, width, 1.0, args.stack, args.hidden)
+        lora = sum(args.lora_rank * (m.in_features + m.out_features) for m in body.modules() if isinstance(m, torch.nn.Linear))
+        # A second of speech: stacked frames, 3.3 tokens and, in clips of 10 s, 3 positions of prompt.
+        rate = 50 / args.stack + 3.3 + 3
+        positions = round(args.batch_seconds * rate)
+        if args.checkpointing:
+            checkpoint_layers(decoder, args.decoder)
+        saved, weights = {}, {p.untyped_storage()._cdata for p in decoder.parameters()}
+
+        def count(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                saved[storage._cdata] = storage  # held, so that no other takes its place
+            return tensor
+
+        with saved_tensors_hooks(count, lambda tensor: tensor):
+            body(inputs_embeds=torch.randn(1, positions, width, dtype=torch.bfloat16, requires_grad=True), use_cache=False)
+        sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in
+                 (("encoder", encoder), ("decoder", decoder), ("projector", projector))}
+    trained = sizes["projector"] + lora
+    logits = args.batch_seconds * 3.3 * configs[1].vocab_size * 10  # bf16, then float32 and its gradient, of answers alone
+    activations = sum(storage.nbytes() for storage in saved.values()) + logits
+    if args.checkpointing:  # one layer is whole at a time
+        activations += 40 * positions * width
+    memory = {"frozen weights": 2 * (sizes["encoder"] + sizes["decoder"]), "trained, with gradients and AdamW": 16 * trained,
+              "activations": activations}
+    flops = {"encoder": 2 * sizes["encoder"] * 50, "decoder": 4 * sizes["decoder"] * rate, "trained": 6 * trained * rate}
+    total = sum(memory.values()) / 1e9
+    print(f"{args.encoder} ({sizes['encoder'] / 1e6:.0f}M, frozen) -> projector ({sizes['projector'] / 1e6:.2f}M, hidden {projector.hidden})"
+          + (f" + LoRA ({lora / 1e6:.2f}M)" if lora else "") + f" -> {args.decoder} ({sizes['decoder'] / 1e6:.0f}M, frozen): "
+          f"{trained / sum(sizes.values()):.2%} is trained\n"
+          f"memory at --batch-seconds {args.batch_seconds:g}{', --checkpointing' if args.checkpointing else ''}: "
+          + ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in memory.items()) + f"; {total:.1f} GB and about 2 GB of CUDA's own\n"
+          "GFLOPs per second of audio in phase 2: " + ", ".join(f"{name} {value / 1e9:.0f}" for name, value in flops.items()))
+    hours = args.plan or args.batch_seconds * args.accumulate * args.steps / 3600
+    print(f"{hours:.0f} h of audio in phase 2 at {MFU:.0%} MFU:\n| GPU | x real time | hours | USD | fits |\n|---|---|---|---|---|")
+    for name, (capacity, teraflops, price) in GPUS.items():
+        speed = teraflops * 1e12 * MFU / sum(flops.values())
+        print(f"| {name}, {capacity} GB, {teraflops} TFLOP/s, ${price:.2f}/h | {speed:.0f} | {hours / speed:.1f} | "
+              f"{hours / speed * price:.2f} | {'yes' if total + 2 < capacity else 'no'} |")
+
+
+def plot(out):
+    """Draw loss, WER and speed over the steps into out/plot.png."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_log(out)
+    steps, scores = [row for row in rows if "loss" in row], [row for row in rows if "wer" in row]
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    for phase in sorted({row["phase"] for row in steps}):
+        mine = [row for row in steps if row["phase"] == phase]
+        axes[0].plot([row["step"] for row in mine], [row["loss"] for row in mine], label=("CTC", "cross-entropy")[phase - 1])
+    for decode in sorted({name for row in scores for name in row["wer"]}):
+        mine = [row for row in scores if decode in row["wer"]]
+        axes[1].plot([row["step"] for row in mine], [100 * min(1, row["wer"][decode]) for row in mine], ".-", label=decode)
+    axes[2].plot([row["step"] for row in steps], [row["audio_s_per_s"] for row in steps])
+    for axis, title in zip(axes, ("training loss per token", "WER in %, on the validation clips", "seconds of audio per second")):
+        axis.set(title=title, xlabel="step", ylim=(0, None))
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
+    write_whole(out / "plot.png", lambda path: figure.savefig(path, dpi=80, format="png"))
+    print(out / "plot.png")
+
+
+def read_log(out):
+    """The rows of a run's log.jsonl."""
+    try:
+        return read_whole_rows(out / "log.jsonl")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out / 'log.jsonl'} is no log of a run: {first_line(error)}") from None
+
+
+def model_card(out, name):
+    """README.md of a checkpoint on the Hub, with what config.json, log.jsonl and state.pt say of its training."""
+    rows, config = read_log(out), json.loads((out / "config.json").read_text())
+    steps, scores = [row for row in rows if "loss" in row], [row for row in rows if "wer" in row]
+    names = {part: ENCODERS.get(config[part]) or DECODERS.get(config[part]) or config[part] for part in ("encoder", "decoder")}
+    bases = "".join(f"- {known}\n" for known in names.values() if is_hub_id(known))
+    args = torch.load(out / "state.pt", map_location="cpu", weights_only=True)["args"] if (out / "state.pt").exists() else {}
+    args = {flag: value for flag, value in args.items() if value not in (None, False, "") and not Path(str(value)).is_absolute()}
+    lines = ["---", "library_name: tiny-audio", "pipeline_tag: automatic-speech-recognition", "language: en"]
+    lines += ["base_model:", bases.rstrip()] if bases else []
+    lines += ["---", f"# {name.split('/')[-1]}", "", f"Speech recognition with Tiny Audio: {config['encoder']} (frozen), a trained projector"
+              + (f", {config['decoder']} with a low-rank update of rank {config['lora']}." if config["lora"] else f", {config['decoder']} (frozen)."), "",
+              "```python", "from tinyaudio import TinyAudio", f'print(TinyAudio.load("{name}").transcribe("file.wav"))', "```", ""]
+    if steps:
+        heard = sum(row["audio_s_per_s"] * row["seconds"] for row in steps) / 3600
+        lines += [f"Trained for {steps[-1]['step']} steps, {sum(row['seconds'] for row in steps) / 3600:.2f} hours in which it heard "
+                  f"{heard:.2f} hours of audio; last loss {steps[-1]['loss']:.3f}.", ""]
+    if scores:
+        lines += ["WER on its validation clips: " + ", ".join(f"{100 * wer:.1f} % {decode}" for decode, wer in scores[-1]["wer"].items())
+                  + f" (step {scores[-1]['step']}).", ""]
+    lines += ["Flags: `" + " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in args.items()) + "`", ""] if args else []
+    lines += ["![loss, WER and speed](plot.png)", ""] if (out / "plot.png").exists() else []
+    return "\n".join(lines)
+
+
+def push(out, name):
+    """Upload a checkpoint with its model card, log and plot to the Hugging Face Hub."""
+    from huggingface_hub import HfApi
+
+    if not (out / "projector.safetensors").exists():
+        raise InputError(f"{out} holds no checkpoint to upload")
+    if not is_hub_id(name):
+        raise InputError(f"{name} is no name on the Hub: use user/name")
+    try:
+        plot(out)
+    except InputError as error:
+        warn(f"{error}; the model card goes without a plot")
+    (out / "README.md").write_text(model_card(out, name))
+    files = ["projector.safetensors", "lora.safetensors", "config.json", "README.md", "log.jsonl", "plot.png"]
+    try:
+        HfApi().create_repo(name, exist_ok=True)
+        url = HfApi().upload_folder(repo_id=name, folder_path=out, allow_patterns=files, commit_message="Tiny Audio checkpoint")
+    except Exception as error:
+        raise InputError(f"cannot upload to {name} ({first_line(error)}); hf auth login, then python train.py --push {out} {name}") from None
+    print(f"uploaded {out} to {url}")
+
+
 # ------------------------------------------------------------------------------------------------------------- main
 
 
-def main():
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line when it is written
-    args, state = parse_args()
-    torch.manual_seed(args.seed)
-    out = Path(args.out)
+def start_processes():
+    """This process's rank and the number of processes, as torchrun sets them."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
 
-    clips, val = read_clips(args.dataset), read_clips(args.val) if args.val else []
-    model = TinyAudio(args.encoder, args.decoder, args.stack, args.hidden, args.lora, device=args.device)
+
+def checkpoint_layers(decoder, name):
+    """Keep only the inputs of the decoder's layers for the backward pass (Chen et al. 2016)."""
+    for layer in decoder_layers(decoder, name):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def decoder_layers(decoder, name):
+    if not hasattr(decoder.base_model, "layers"):
+        raise InputError(f"the layers of {name} are not where --compile and --checkpointing look for them: leave these out")
+    return decoder.base_model.layers
+
+
+def train(args, state):
+    rank, ranks = start_processes()
+    say = tqdm.write if rank == 0 else lambda *_: None
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")  # TF32
+    out, pool, left_out = Path(args.out), ThreadPoolExecutor(args.workers), Counter()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        if rank == 0:  # the lock is gone with the process, however that ends
+            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"another run is writing to {out}: choose another --out") from None
+    if (out / "state.pt").exists() and not state:
+        raise InputError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
+    if state and len(state["ranks"]) != ranks:
+        raise InputError(f"{out} was trained by {len(state['ranks'])} processes: resume it with as many")
+
+    clips, stream = open_dataset(args)
+    val = read_clips(args.val) if args.val else []
+    model = TinyAudio(args.encoder, args.decoder, args.stack, args.hidden, args.lora_rank, device=args.device)
     longest = min(args.max_seconds, model.encoder.max_seconds)
-    clips, val = measure(clips, longest), measure(val, longest) if val else []
+    if stream:  # its first window stands for all of it; from there the validation clips are taken
+        _, _, clips = next(stream_windows(stream, args, longest, Counter()))
+        clips.sort(key=lambda clip: clip["name"])
+    else:
+        clips = measure(clips, longest, left_out)
+    if not clips:
+        raise InputError(f"no usable clip in {args.dataset}: {describe(left_out)}")
+    val = measure(val, longest, Counter())
     random.Random(args.seed).shuffle(clips)
     random.Random(args.seed).shuffle(val)
     if not val:
         held_out = min(args.val_clips, len(clips) // 10 + 1)
         val, clips = clips[:held_out], clips[held_out:]
-    val, measured = val[:args.val_clips], clips
+    val = val[:args.val_clips]
     if args.init_from and not state:
         model.load_trained(args.init_from)
     model.spell_with([clip["text"] for clip in clips])
+    torch.manual_seed(args.seed + rank)  # all begin with the same weights, and each drops out others
     model.projector.mask, model.projector.dropout = args.mask, args.dropout
     model.decode = "ctc" if args.ctc_steps else "greedy"  # until a validation knows better
     model.train()
-    if model.device.type == "cpu":
-        model.decoder.set_attn_implementation("eager")  # the backward pass of fused attention is slow there
+    # The backward pass of fused attention is slow on a CPU; on a GPU torch takes its flash kernel, as there is no mask.
+    model.decoder.set_attn_implementation("eager" if model.device.type == "cpu" else "sdpa")
+    if args.checkpointing:
+        checkpoint_layers(model.decoder, args.decoder)
     if args.compile:
-        if not hasattr(model.decoder.base_model, "layers"):
-            raise InputError(f"--compile does not know the layers of {args.decoder}: leave it out")
-        for layer in model.decoder.base_model.layers:
+        for layer in decoder_layers(model.decoder, args.decoder):
             layer.compile(dynamic=True)
 
-    clips += speech_free(min(300, round(args.speech_free * len(clips))), args.seed)
-    hours = sum(clip["seconds"] for clip in clips) / 3600
-    size = hours * 3600 * model.encoder.frame_rate * model.encoder.dim * 2 / 1e9
-    kept = size <= args.keep_frames and not (args.speed or args.noise)  # which differ from epoch to epoch
-    if kept:
-        clips, val = (keep_frames(model, part, args.batch_seconds) for part in (clips, val))
-    if not clips or not val:
-        raise InputError(f"{len(clips)} clips to train on and {len(val)} to validate on are not enough")
-    for clip in clips:
-        clip["answer"] = model.tokenize(clip["text"])
+    if stream:
+        from datasets.distributed import split_dataset_by_node
+        kept, about = False, "streamed"
+        clips, stream = [], split_dataset_by_node(stream, rank, ranks)
+    else:
+        clips += no_speech(min(300, round(args.no_speech * len(clips))), args.seed)
+        hours = sum(clip["seconds"] for clip in clips) / 3600
+        size = hours * 3600 * model.encoder.frame_rate * model.encoder.dim * 2 / 1e9
+        kept = size <= args.keep_frames and not (args.speed or args.noise)  # which differ from epoch to epoch
+        about = f"{hours:.2f} h in {len(clips)} clips, frames {size:.2f} GB {'kept' if kept else 'not kept'}"
+        if kept:
+            clips, val = (keep_frames(model, part, args.batch_seconds, pool) for part in (clips, val))
+        if not clips or not val:
+            raise InputError(f"{len(clips)} clips to train on and {len(val)} to validate on are not enough")
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     dtype = model.embed.weight.dtype
-    peak = matmul_flops(model.device, dtype)
-    print(f"{args.encoder} -> {sum(p.numel() for p in parameters) / 1e6:.2f}M trained -> {args.decoder}, {dtype}, {model.device} "
-          f"at {peak / 1e12:.2f} TFLOP/s; {hours:.2f} h in {len(clips)} clips, frames {size:.2f} GB {'kept' if kept else 'not kept'}; "
-          f"spelling with {len(model.ctc.tokens)} tokens")
+    peak = matmul_flops(model.device, dtype) * ranks
+    say(f"{args.encoder} -> {sum(p.numel() for p in parameters) / 1e6:.2f}M trained -> {args.decoder}, {dtype}, {model.device}"
+        f"{f' x {ranks}' if ranks > 1 else ''} at {peak / 1e12:.2f} TFLOP/s; {about}; left out {describe(left_out)}; "
+        f"spelling with {len(model.ctc.tokens)} tokens")
 
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    step, epoch, index = 0, 0, 0
+    step, place = 0, {"number": 0, "position": None, "index": 0}
     if state:
         model.ctc.tokens = state["model"]["ctc.tokens"].to(model.device)
         model.load_state_dict(state["model"], strict=False)
         model.decode = state["decode"]
         optimizer.load_state_dict(state["optimizer"])
-        step, epoch, index = state["step"], state["epoch"], state["index"]
-        torch.set_rng_state(state["rng"])
-        if "cuda_rng" in state and model.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"])
-    out.mkdir(parents=True, exist_ok=True)
+        step, mine = state["step"], state["ranks"][rank]
+        place = mine["place"]
+        torch.set_rng_state(mine["rng"])
+        if "cuda_rng" in mine and model.device.type == "cuda":
+            torch.cuda.set_rng_state(mine["cuda_rng"])
     log_file = out / "log.jsonl"
-    rows = read_whole_rows(log_file) if state and log_file.exists() else []
-    write_whole(log_file, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)))
+    if rank == 0:
+        rows = read_whole_rows(log_file) if state and log_file.exists() else []
+        write_whole(log_file, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)))
+        if args.wandb:
+            import wandb
+            wandb.init(project=args.wandb, config=vars(args), dir=out)
 
     def log(row):
-        with open(log_file, "a") as file:
-            file.write(json.dumps({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}) + "\n")
+        row = {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
+        if rank == 0:
+            with open(log_file, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            if args.wandb:
+                wandb.log(row, step=row["step"])
 
     def save():
         """All that --resume needs is in state.pt; the other files are what `TinyAudio.load` reads."""
-        snapshot = {"args": vars(args), "step": step, "epoch": epoch, "index": index, "model": model.trained(), "decode": model.decode,
-                    "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+        mine = {"place": place, "rng": torch.get_rng_state()}
         if model.device.type == "cuda":
-            snapshot["cuda_rng"] = torch.cuda.get_rng_state()
-        write_whole(out / "state.pt", lambda path: torch.save(snapshot, path))
-        model.save(out)
+            mine["cuda_rng"] = torch.cuda.get_rng_state()
+        places = [mine] * ranks
+        if ranks > 1:
+            dist.all_gather_object(places, mine)
+        if rank == 0:
+            snapshot = {"args": vars(args), "step": step, "ranks": places, "model": model.trained(), "decode": model.decode,
+                        "optimizer": optimizer.state_dict()}
+            try:
+                write_whole(out / "state.pt", lambda path: torch.save(snapshot, path))
+                model.save(out)
+            except (OSError, RuntimeError) as error:
+                raise InputError(f"cannot write the checkpoint of step {step} to {out} ({first_line(error)}); the last one is still there: "
+                                 f"make room, then --resume {out}") from None
+
+    def add_up(values):
+        """Sums of some numbers over all processes."""
+        if ranks == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=model.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
 
     stop = []
 
@@ -353,82 +679,116 @@ def main():
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
+    if not state:
+        save()  # from here on the run can be resumed
 
-    total = args.ctc_steps + args.steps
-    plan = make_steps(clips, args, epoch, index)
-    loader = ThreadPoolExecutor(1)
-
-    def prefetch():
-        epoch, index, batches = next(plan)
-        return epoch, index, [collate(batch, np.random.default_rng([args.seed, epoch, index]), args, longest) for batch in batches]
-
-    future = loader.submit(prefetch)
-    progress = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
+    total, bad_steps = args.ctc_steps + args.steps, 0
+    windows = (ahead(stream_windows(stream, args, longest, left_out, {clip["name"] for clip in val}, place["number"], place["position"]))
+               if stream else ((epoch, None, clips) for epoch in itertools.count(place["number"])))
+    steps = ahead(load_steps(make_steps(windows, args, place["index"], rank, ranks), args, longest, pool))
+    progress = tqdm(total=total, initial=step, unit="step", disable=rank > 0 or not sys.stderr.isatty())
     sums, since = Counter(), time.perf_counter()  # of the steps since the last log line
     while step < total:
-        epoch, index, batches = future.result()
-        future = loader.submit(prefetch)  # the next step's data, while this one runs
+        number, position, index, batches = next(steps)  # the next step's data is prefetched while this one runs
 
         # Each phase has a schedule of its own: linear warm-up, then a cosine down to a twentieth.
-        phase, peak_lr, position, length = ((1, args.ctc_lr, step, args.ctc_steps) if step < args.ctc_steps else
-                                            (2, args.lr, step - args.ctc_steps, args.steps))
+        phase, peak_lr, done, length = ((1, args.ctc_lr, step, args.ctc_steps) if step < args.ctc_steps else
+                                        (2, args.lr, step - args.ctc_steps, args.steps))
         warmup = min(args.warmup, length // 2)
-        lr = peak_lr * ((position + 1) / warmup if position < warmup else
-                        0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (position - warmup) / (length - warmup))))
+        lr = peak_lr * ((done + 1) / warmup if done < warmup else
+                        0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (length - warmup))))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        ctc_weight, lm_weight = (1, 0) if phase == 1 else (args.ctc_weight if args.ctc_steps or args.init_from else 0, 1)
+        weights = (1, 0) if phase == 1 else (args.ctc_weight if args.ctc_steps or args.init_from else 0, 1)
 
         # One loss over the whole step: the sum over its tokens, divided once by their number.
-        tokens = max(1, sum(len(clip["answer"]) + 1 for _, good in batches for clip in good))
+        for clip in (clip for _, good in batches for clip in good):
+            clip.setdefault("answer", model.tokenize(clip["text"]))
+        tokens, stopping = add_up([sum(len(clip["answer"]) + 1 for _, good in batches for clip in good), len(stop)])
+        heard = []
         for inputs, good in batches:
             if not good:
                 continue
             frames, lengths = encode(model, inputs)
             answers = [clip["answer"] for clip in good]
+            heard.append((frames, lengths, good))
             with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-                loss, parts = model.loss(frames, lengths, answers, ctc_weight, lm_weight)
-            (loss / tokens).backward()
+                loss, parts = model.loss(frames, lengths, answers, *weights)
+            (loss / max(1, tokens)).backward()
             sums.update({name: part.item() for name, part in parts.items()})
             sums.update(frames=lengths.sum().item(), padded_frames=frames.shape[0] * frames.shape[1],
-                        flops=model_flops(model, lengths.tolist(), answers, ctc_weight, lm_weight, kept))
-        sums.update(tokens=tokens, steps=1)
+                        flops=model_flops(model, lengths.tolist(), answers, *weights, kept))
+        for p in parameters if ranks > 1 else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
-        if not math.isfinite(norm):
-            raise InputError(f"the gradient is not finite at step {step}: lower --lr; {out} keeps the last checkpoint")
-        optimizer.step()
+        bad_steps = 0 if math.isfinite(norm) else bad_steps + 1
+        if bad_steps:
+            names = find_offenders(model, heard, weights)
+            message = f"loss or gradient of step {step} is not finite; clips: {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}"
+            if bad_steps == 2:
+                raise InputError(f"{message}; nor was that of the step before: lower --lr and --ctc-lr, or leave these clips out; "
+                                 f"{out} keeps the last checkpoint")
+            warn(f"{message}; skipped")
+            sums.clear()
+        else:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, index = step + 1, index + 1
+        sums.update(tokens=tokens / ranks, steps=1)
+        step, place = step + 1, {"number": number, "position": position, "index": index + 1}
         progress.update()
 
         ends_phase = step in (args.ctc_steps, total)
-        if step % args.log_every == 0 or ends_phase or stop:
+        if step % args.log_every == 0 or ends_phase or stopping:
             elapsed = time.perf_counter() - since
-            row = {"step": step, "phase": phase, "epoch": epoch, "loss": sums["lm" if phase == 2 else "ctc"] / sums["tokens"],
-                   "ctc": sums["ctc"] / sums["tokens"], "lr": lr, "norm": norm,
-                   "audio_s_per_s": sums["frames"] / model.encoder.frame_rate / elapsed, "mfu": sums["flops"] / elapsed / peak,
-                   "padding": 1 - sums["frames"] / max(1, sums["padded_frames"]), "seconds": elapsed}
+            names = ("ctc", "lm", "tokens", "frames", "padded_frames", "flops")
+            all_sums = dict(zip(names, add_up([sums[name] for name in names])))
+            row = {"step": step, "phase": phase, "epoch": number, "loss": all_sums["lm" if phase == 2 else "ctc"] / max(1, all_sums["tokens"]),
+                   "ctc": all_sums["ctc"] / max(1, all_sums["tokens"]), "lr": lr, "norm": norm,
+                   "audio_s_per_s": all_sums["frames"] / model.encoder.frame_rate / elapsed, "mfu": all_sums["flops"] / elapsed / peak,
+                   "padding": 1 - all_sums["frames"] / max(1, all_sums["padded_frames"]), "memory_gb": peak_memory(model.device),
+                   "seconds": elapsed}
             log(row)
-            tqdm.write("step {step}/{total} phase {phase} epoch {epoch} loss {loss:.3f} ctc {ctc:.3f} lr {lr:.1e} norm {norm:.2f} "
-                       "{audio_s_per_s:.0f}x real time mfu {mfu:.0%} padding {padding:.0%} phase left {left:.1f} min".format(
-                           **row, total=total, left=(length - position - 1) * elapsed / sums["steps"] / 60))
+            say("step {step}/{total} phase {phase} epoch {epoch} loss {loss:.3f} ctc {ctc:.3f} lr {lr:.1e} norm {norm:.2f} "
+                "{audio_s_per_s:.0f}x real time mfu {mfu:.0%} padding {padding:.0%} memory {memory_gb:.1f} GB phase left {left:.1f} min".format(
+                    **row, total=total, left=(length - done - 1) * elapsed / sums["steps"] / 60))
             sums, since = Counter(), time.perf_counter()
-        if step % args.eval_every == 0 or ends_phase or stop:
-            if not stop:
+        if step % args.eval_every == 0 or ends_phase or stopping:
+            if not stopping and rank == 0:
                 with torch.compiler.set_stance("force_eager"):  # generation is of other shapes
                     decodings = ("ctc",) if phase == 1 else ("ctc", "greedy") if step < total else ("ctc", "greedy", "joint")
-                    wers, (reference, hypothesis) = validate(model, val, args.batch_seconds, decodings)
+                    wers, (reference, hypothesis) = validate(model, val, args.batch_seconds, decodings, pool)
                 model.decode = min(wers, key=wers.get)
                 log({"step": step, "phase": phase, "wer": wers})
-                tqdm.write(f"step {step}/{total} WER " + ", ".join(f"{100 * wer:.1f} % {name}" for name, wer in wers.items())
-                           + f" ({len(val)} clips)\n    ref: {reference}\n    hyp: {hypothesis}")
+                say(f"step {step}/{total} WER " + ", ".join(f"{100 * wer:.1f} % {name}" for name, wer in wers.items())
+                    + f" ({len(val)} clips)\n    ref: {reference}\n    hyp: {hypothesis}")
             save()
             since = time.perf_counter()
-        if stop:
-            print(f"stopped by signal {stop[0]} after step {step}; python train.py --resume {out} goes on")
-            sys.exit(128 + stop[0])
-    broken = sum("broken" in clip for clip in measured)
-    print(f"done: {out} holds the checkpoint; python sample.py --model {out} file.wav" + (f"; {broken} broken clips left out" if broken else ""))
+        if stopping:
+            say(f"stopped by a signal after step {step}; python train.py --resume {out} goes on")
+            sys.exit(128 + (stop or [signal.SIGTERM])[0])
+    left_out["broken"] = sum("broken" in clip for clip in clips)
+    say(f"done: {out} holds the checkpoint; python sample.py --model {out} file.wav; left out {describe(left_out)}")
+    if args.push_to_hub and rank == 0:
+        push(out, args.push_to_hub)
+
+
+def describe(left_out):
+    """Counter of reasons, of which None is none -> what a reader wants to know."""
+    counts = [f"{count} clips {reason}" for reason, count in left_out.items() if reason and count]
+    return ", ".join(counts) or "no clip"
+
+
+def main():
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line when it is written
+    args, state = parse_args()
+    if args.plan is not None:
+        return plan(args)
+    if args.plot:
+        return plot(Path(args.plot))
+    if args.push:
+        return push(Path(args.push[0]), args.push[1])
+    train(args, state)
 
 
 if __name__ == "__main__":
@@ -437,6 +797,7 @@ if __name__ == "__main__":
     except (InputError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except torch.OutOfMemoryError:
-        sys.exit("train.py: out of memory: lower --batch-seconds (and raise --accumulate); --resume goes on from the last checkpoint")
+        sys.exit("train.py: out of memory: lower --batch-seconds (and raise --accumulate), or use --checkpointing; --resume goes on from "
+                 "the last checkpoint")
     except KeyboardInterrupt:  # once training has begun, Ctrl-C saves and stops
         sys.exit("train.py: interrupted before the first step")

@@ -125,7 +125,7 @@ def train_flags(toys, dataset):
     """A run of a few steps of each phase."""
     return ["--encoder", toys["whisper"], "--decoder", toys["llama"], "--dataset", dataset, "--ctc-steps", 8, "--steps", 8,
             "--batch-seconds", 6, "--accumulate", 2, "--warmup", 2, "--ctc-lr", 1e-3, "--lr", 5e-3, "--log-every", 1, "--eval-every", 4,
-            "--val-clips", 3, "--lora", 2, "--speech-free", 0.1, "--device", "cpu"]
+            "--val-clips", 3, "--lora-rank", 2, "--no-speech", 0.1, "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")

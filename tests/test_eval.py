@@ -13,11 +13,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import soundfile
+from datasets import Audio, Features, Value
 from conftest import ROOT, SENTENCES, run, tone
 from whisper_normalizer.english import EnglishTextNormalizer
 
 import eval
-from eval import BENCHMARKS, bootstrap, corpus_wer, marked, score, stream, summarize
+from eval import BENCHMARKS, bootstrap, corpus_wer, draw_clips, marked, open_stream, score, summarize
 from tinyaudio import InputError
 
 # ---------------------------------------------------------------------------------------------------------- scoring
@@ -78,7 +79,7 @@ def test_bootstrap_interval_holds_the_value_and_shrinks():
 # ------------------------------------------------------------------------------------------------------- benchmarks
 
 
-def hub_folder(root, config, split, audio_column, text_column, extra, count=30):
+def hub_folder(root, config, split, audio_column, text_column, extra, count=30, typed=True):
     """A dataset as the Hub lays it out: parquet with nested audio, a README that names config and split."""
     rows = []
     for i in range(count):
@@ -88,6 +89,10 @@ def hub_folder(root, config, split, audio_column, text_column, extra, count=30):
         rows.append({**extra, "id": f"clip-{i}", audio_column: {"bytes": buffer.getvalue(), "path": f"{i}.flac"}, text_column: text})
     (root / "data").mkdir(parents=True)
     table = pyarrow.Table.from_pylist(rows)
+    if typed:  # the features as `push_to_hub` leaves them
+        features = Features({name: Audio(sampling_rate=16_000) if name == audio_column else Value("string") for name in table.column_names})
+        table = table.cast(pyarrow.schema([(name, table.schema.field(name).type if name == audio_column else "string") for name in table.column_names],
+                                          metadata=features.arrow_schema.metadata))
     pyarrow.parquet.write_table(table, root / "data" / f"{split}-00000-of-00001.parquet")
     (root / "README.md").write_text("---\nconfigs:\n- config_name: {0}\n  data_files:\n  - split: {1}\n    path: data/{1}-*\n---\n".format(config, split))
     return str(root)
@@ -100,15 +105,16 @@ def hub_folder(root, config, split, audio_column, text_column, extra, count=30):
 def test_benchmarks_are_read_in_their_own_schema(tmp_path, name, extra):
     _, config, split, audio_column, text_column = BENCHMARKS[name]
     folder = hub_folder(tmp_path / "set", config, split, audio_column, text_column, extra)
-    clips = {clip["name"]: clip for clip in stream(folder, config, split, audio_column, text_column, None, 0)}
+    clips = {clip["name"]: clip for clip in draw_clips(open_stream(folder, config, split, audio_column, text_column), folder, None, 0)}
     assert len(clips) == 30 and len(eval.load_audio(clips[f"{folder}#0"]["audio"])) == 8000
     assert [clips[f"{folder}#{i}"]["text"] for i in range(4)] == [SENTENCES[0], SENTENCES[1], SENTENCES[2], ""]
-    drawn = [[clip["name"] for clip in stream(folder, config, split, audio_column, text_column, 10, seed)] for seed in range(40)]
-    assert drawn[0] == [clip["name"] for clip in stream(folder, config, split, audio_column, text_column, 10, 0)]
+    rows = open_stream(folder, config, split, audio_column, text_column)
+    drawn = [[clip["name"] for clip in draw_clips(rows, folder, 10, seed)] for seed in range(40)]
+    assert drawn[0] == [clip["name"] for clip in draw_clips(rows, folder, 10, 0)]
     counts = Counter(sum(drawn, []))
     assert len(counts) == 30 and max(counts.values()) < 26  # of 40; each clip is expected 13 times
     with pytest.raises(InputError, match="no column speech, but"):
-        stream(folder, config, split, "speech", text_column, None, 0)
+        open_stream(folder, config, split, "speech", text_column)
 
 
 def test_a_benchmark_that_the_hub_cannot_deliver_is_one_line():
