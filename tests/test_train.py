@@ -21,7 +21,7 @@ from test_eval import hub_folder
 from test_scripts import losses
 
 import train
-from tinyaudio import Projector, TinyAudio
+from tinyaudio import Encoder, Projector, TinyAudio
 
 
 def start(*arguments, **options):
@@ -101,19 +101,19 @@ SMOLLM3_3B = hf.SmolLM3Config(hidden_size=2048, num_hidden_layers=36, num_attent
                               intermediate_size=11008, vocab_size=128256, tie_word_embeddings=True)
 
 
-@pytest.mark.parametrize("encoder, decoder, millions, hidden", [(HUBERT_XL, QWEN3_8B, (962, 8191, 12.93), 1232),
+@pytest.mark.parametrize("encoder, decoder, millions, hidden", [(HUBERT_XL, QWEN3_8B, (958, 8191, 12.93), 1232),
                                                                  (WHISPER_TURBO, SMOLLM3_3B, (637, 3075, 12.98), 1536)])
 def test_sizes_of_the_big_pairs(encoder, decoder, millions, hidden):
     """From their configurations, without memory: widths, frame rate and the share that is trained."""
     with torch.device("meta"):
         parts = hf.AutoModel.from_config(encoder), hf.AutoModelForCausalLM.from_config(decoder), Projector(encoder.hidden_size, decoder.hidden_size)
-        if encoder.model_type == "whisper":
-            parts = parts[0].encoder, *parts[1:]
-            assert encoder.max_source_positions == 1500  # for 30 s
-        else:
-            assert parts[0]._get_feat_extract_output_lengths(torch.tensor(16_000 * 30 + 80)).item() == 1500
         frames = torch.empty(2, 1499, encoder.hidden_size)
         audio, counts = parts[2](frames, torch.tensor([1499, 1001], device="cpu"))
+    if encoder.model_type == "whisper":
+        parts, frame_count = (parts[0].encoder, *parts[1:]), encoder.max_source_positions
+    else:
+        frame_count = parts[0]._get_feat_extract_output_lengths(torch.tensor(16_000 * 30 + 80)).item()
+    assert frame_count == 30 * Encoder.frame_rate
     sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
     assert sizes == pytest.approx(millions, rel=0.005) and parts[2].hidden == hidden
     assert audio.shape == (2, 300, decoder.hidden_size) and counts.tolist() == [300, 201]
@@ -126,7 +126,7 @@ def test_plan_of_the_headline_pair(tmp_path):
     QWEN3_8B.save_pretrained(tmp_path / "qwen3-8b")
     flags = ["--encoder", tmp_path / "hubert-xl", "--decoder", tmp_path / "qwen3-8b", "--plan", 2250]
     lines = run("train.py", *flags).stdout.splitlines()
-    assert "962M, frozen" in lines[0] and "12.93M, hidden 1232" in lines[0] and "8191M, frozen" in lines[0] and "0.14% is trained" in lines[0]
+    assert "958M, frozen" in lines[0] and "12.94M, hidden 1232" in lines[0] and "8191M, frozen" in lines[0] and "0.14% is trained" in lines[0]
     assert "frozen weights 18.3 GB" in lines[1] and "encoder 96, decoder 5" in lines[2]
     fits = {line.split(",")[0][2:]: line.endswith("| yes |") for line in lines if line.startswith(("| RTX", "| A", "| H"))}
     assert fits == {"RTX 4090": False, "A40": True, "A100": True, "H100": True}
@@ -274,6 +274,8 @@ class Hub(BaseHTTPRequestHandler):
             name = path.split("/", 5)[-1]
             data = self.files.get(name)
             self.reply(data or b"", 200 if data else 404, {"ETag": f'"{hash(data):x}"', **({} if data else {"X-Error-Code": "EntryNotFound"})})
+        elif "/tree/" in path:
+            self.reply([{"type": "file", "path": name, "size": len(data), "oid": f"{hash(data):x}"} for name, data in self.files.items()])
         elif path.startswith("/api/models/user/mine"):
             self.reply({"id": "user/mine", "modelId": "user/mine", "sha": "0" * 40, "private": False, "tags": [], "downloads": 0, "likes": 0,
                         "siblings": [{"rfilename": name} for name in self.files]})
