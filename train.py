@@ -422,13 +422,14 @@ def plan(args):
         activations += 40 * positions * width
     memory = {"frozen weights": 2 * (sizes["encoder"] + sizes["decoder"]), "trained, with gradients and AdamW": 16 * trained,
               "activations": activations}
-    flops = {"encoder": 2 * sizes["encoder"] * 50, "decoder": 4 * sizes["decoder"] * rate, "trained": 6 * trained * rate}
+    flops = {"encoder": 2 * sizes["encoder"] * 50, "decoder": (6 if args.checkpointing else 4) * sizes["decoder"] * rate,
+             "trained": 6 * trained * rate}
     total = sum(memory.values()) / 1e9
     print(f"{args.encoder} ({sizes['encoder'] / 1e6:.0f}M, frozen) -> projector ({sizes['projector'] / 1e6:.2f}M, hidden {projector.hidden})"
           + (f" + LoRA ({lora / 1e6:.2f}M)" if lora else "") + f" -> {args.decoder} ({sizes['decoder'] / 1e6:.0f}M, frozen): "
           f"{trained / sum(sizes.values()):.2%} is trained\n"
           f"memory at --batch-seconds {args.batch_seconds:g}{', --checkpointing' if args.checkpointing else ''}: "
-          + ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in memory.items()) + f"; {total:.1f} GB and about 2 GB of CUDA's own\n"
+          + ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in memory.items()) + f"; {total:.1f} GB, and about 2 GB for CUDA and what the encoder needs for a moment\n"
           "GFLOPs per second of audio in phase 2: " + ", ".join(f"{name} {value / 1e9:.0f}" for name, value in flops.items()))
     hours = args.plan or args.batch_seconds * args.accumulate * args.steps / 3600
     print(f"{hours:.0f} h of audio in phase 2 at {MFU:.0%} MFU:\n| GPU | x real time | hours | USD | fits |\n|---|---|---|---|---|")
@@ -473,44 +474,65 @@ def read_log(out):
         raise InputError(f"{out / 'log.jsonl'} is no log of a run: {first_line(error)}") from None
 
 
+CARD = """---
+library_name: tiny-audio
+pipeline_tag: automatic-speech-recognition
+language: en
+{bases}---
+
+# {title}
+
+Speech recognition with Tiny Audio: {encoder} (frozen), a trained projector, and {decoder} ({adapted}).
+
+```python
+from tinyaudio import TinyAudio
+print(TinyAudio.load("{name}").transcribe("file.wav"))
+```
+
+Trained for {steps} steps, in {hours:.2f} hours in which it heard {heard:.2f} hours of audio; the last loss was {loss:.3f} per token.
+WER on its {clips} validation clips: {wers}.
+
+    python train.py {flags}
+
+{plot}
+"""
+
+
 def model_card(out, name):
     """README.md of a checkpoint on the Hub, with what config.json, log.jsonl and state.pt say of its training."""
     rows, config = read_log(out), json.loads((out / "config.json").read_text())
+    args = torch.load(out / "state.pt", map_location="cpu", weights_only=True)["args"]
     steps, scores = [row for row in rows if "loss" in row], [row for row in rows if "wer" in row]
-    names = {part: ENCODERS.get(config[part]) or DECODERS.get(config[part]) or config[part] for part in ("encoder", "decoder")}
-    bases = "".join(f"- {known}\n" for known in names.values() if is_hub_id(known))
-    args = torch.load(out / "state.pt", map_location="cpu", weights_only=True)["args"] if (out / "state.pt").exists() else {}
-    args = {flag: value for flag, value in args.items() if value not in (None, False, "") and not Path(str(value)).is_absolute()}
-    lines = ["---", "library_name: tiny-audio", "pipeline_tag: automatic-speech-recognition", "language: en"]
-    lines += ["base_model:", bases.rstrip()] if bases else []
-    lines += ["---", f"# {name.split('/')[-1]}", "", f"Speech recognition with Tiny Audio: {config['encoder']} (frozen), a trained projector"
-              + (f", {config['decoder']} with a low-rank update of rank {config['lora']}." if config["lora"] else f", {config['decoder']} (frozen)."), "",
-              "```python", "from tinyaudio import TinyAudio", f'print(TinyAudio.load("{name}").transcribe("file.wav"))', "```", ""]
-    if steps:
-        heard = sum(row["audio_s_per_s"] * row["seconds"] for row in steps) / 3600
-        lines += [f"Trained for {steps[-1]['step']} steps, {sum(row['seconds'] for row in steps) / 3600:.2f} hours in which it heard "
-                  f"{heard:.2f} hours of audio; last loss {steps[-1]['loss']:.3f}.", ""]
-    if scores:
-        lines += ["WER on its validation clips: " + ", ".join(f"{100 * wer:.1f} % {decode}" for decode, wer in scores[-1]["wer"].items())
-                  + f" (step {scores[-1]['step']}).", ""]
-    lines += ["Flags: `" + " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in args.items()) + "`", ""] if args else []
-    lines += ["![loss, WER and speed](plot.png)", ""] if (out / "plot.png").exists() else []
-    return "\n".join(lines)
+    if not steps:
+        raise InputError(f"{out} has not been trained yet")
+    bases = [hub_id for hub_id in (ENCODERS.get(config["encoder"], config["encoder"]), DECODERS.get(config["decoder"], config["decoder"]))
+             if is_hub_id(hub_id)]
+    flags = {flag: Path(value).name if Path(str(value)).is_absolute() else value for flag, value in args.items()
+             if value not in (None, False) and flag not in ("out", "push_to_hub", "wandb", "device")}
+    return CARD.format(
+        name=name, title=name.split("/")[1], encoder=Path(config["encoder"]).name, decoder=Path(config["decoder"]).name,
+        bases="".join(["base_model:\n"] * bool(bases) + [f"- {hub_id}\n" for hub_id in bases]),
+        adapted=f"frozen but for a low-rank update of rank {config['lora']}" if config["lora"] else "frozen",
+        steps=steps[-1]["step"], loss=steps[-1]["loss"], hours=sum(row["seconds"] for row in steps) / 3600,
+        heard=sum(row["audio_s_per_s"] * row["seconds"] for row in steps) / 3600, clips=args["val_clips"],
+        wers=", ".join(f"{100 * wer:.1f} % {decode}" for decode, wer in scores[-1]["wer"].items()) if scores else "not measured",
+        flags=" ".join(f"--{flag.replace('_', '-')}{'' if value is True else f' {value}'}" for flag, value in flags.items()),
+        plot="![loss, WER and speed](plot.png)" if (out / "plot.png").exists() else "")
 
 
 def push(out, name):
     """Upload a checkpoint with its model card, log and plot to the Hugging Face Hub."""
     from huggingface_hub import HfApi
 
-    if not (out / "projector.safetensors").exists():
-        raise InputError(f"{out} holds no checkpoint to upload")
+    if not (out / "state.pt").exists():
+        raise InputError(f"{out} holds no run of train.py to upload")
     if not is_hub_id(name):
         raise InputError(f"{name} is no name on the Hub: use user/name")
     try:
         plot(out)
     except InputError as error:
         warn(f"{error}; the model card goes without a plot")
-    (out / "README.md").write_text(model_card(out, name))
+    write_whole(out / "README.md", lambda path: path.write_text(model_card(out, name)))
     files = ["projector.safetensors", "lora.safetensors", "config.json", "README.md", "log.jsonl", "plot.png"]
     try:
         HfApi().create_repo(name, exist_ok=True)
