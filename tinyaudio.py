@@ -819,8 +819,11 @@ class TinyAudio(nn.Module):
 def write_whole(path, write):
     """Write a file under a temporary name and rename it, so that it is there whole or not at all."""
     unfinished = Path(f"{path}.unfinished")
-    write(unfinished)
-    unfinished.replace(path)
+    try:
+        write(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read_whole_rows(path):

@@ -632,7 +632,8 @@ def train(args, state):
         if not clips or not val:
             raise InputError(f"{len(clips)} clips to train on and {len(val)} to validate on are not enough")
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    spelling = [*model.projector.parameters(), *model.ctc.parameters()]
+    parameters = [*spelling, *model.lora.parameters()]
     dtype = model.embed.weight.dtype
     peak = matmul_flops(model.device, dtype) * ranks
     say(f"{args.encoder} -> {sum(p.numel() for p in parameters) / 1e6:.2f}M trained -> {args.decoder}, {dtype}, {model.device}"
@@ -740,7 +741,7 @@ def train(args, state):
             sums.update({name: part.item() for name, part in parts.items()})
             sums.update(frames=lengths.sum().item(), padded_frames=frames.shape[0] * frames.shape[1],
                         flops=model_flops(model, lengths.tolist(), answers, *weights, kept))
-        for p in parameters if ranks > 1 else ():
+        for p in (parameters if phase == 2 else spelling) if ranks > 1 else ():  # also where a process had no clip
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()

@@ -63,7 +63,7 @@ def test_a_mixed_stream_is_trained_on_and_resumed_where_it_was(stream_flags, loq
             break
     assert "--resume" in stopped.stdout.read() and stopped.wait() == 143
     state = torch.load(tmp_path / "stopped" / "state.pt", weights_only=True)
-    assert state["ranks"][0]["place"]["position"]["previous_states"]  # of an `IterableDataset`
+    assert "examples_iterable" in state["ranks"][0]["place"]["position"]  # of an `IterableDataset`
     resumed = start(ROOT / "train.py", "--resume", tmp_path / "stopped", cwd=loquacious)
     assert resumed.wait(300) == 0, resumed.stdout.read()
     assert losses(tmp_path / "stopped") == rows
