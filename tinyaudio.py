@@ -77,7 +77,7 @@ def from_hub(load, source, **options):
         raise
     except Exception as error:
         if Path(source).is_dir():
-            raise InputError(f"{source} holds no usable model: {first_line(error)}") from None
+            raise InputError(f"{source} holds nothing usable: {first_line(error)}") from None
         raise InputError(f"cannot get {source} from the Hugging Face Hub ({first_line(error)}); the embedded pair, "
                          "whisper-base and smollm2-135m, needs no download") from None
 

@@ -181,7 +181,11 @@ def stream_windows(stream, args, max_seconds, left_out, held_out=(), number=0, p
     rows = iter(stream)
     while True:
         position, clips = stream.state_dict(), []
-        for row in itertools.islice(rows, args.window):
+        try:
+            window = list(itertools.islice(rows, args.window))
+        except Exception as error:  # whatever the network and the many kinds of files bring
+            raise InputError(f"{args.dataset}: the stream broke off ({first_line(error)}); --resume {args.out} goes on") from None
+        for row in window:
             audio = row["audio"] or {}
             name = audio.get("path") or f"clip {len(clips)} of window {number}"
             if name not in held_out:

@@ -89,6 +89,20 @@ def test_the_rows_of_a_stream_become_clips(loquacious, monkeypatch):
     assert all(isinstance(clip["audio"], bytes) and 0.5 <= clip["seconds"] <= 1.05 for clip in clips)
 
 
+def test_a_stream_that_breaks_off_says_how_to_go_on():
+    class Broken:
+        def state_dict(self):
+            return {"row": 0}
+
+        def __iter__(self):
+            yield {"audio": {"bytes": b"", "path": "a.wav"}, "text": "a"}
+            raise ConnectionError("Name or service not known")
+
+    args = train.argparse.Namespace(dataset="loquacious", out="out/mine", window=10)
+    with pytest.raises(train.InputError, match=r"loquacious: the stream broke off \(Name or service not known\); --resume out/mine"):
+        next(train.stream_windows(Broken(), args, 30, train.Counter()))
+
+
 # --------------------------------------------------------------------------------------------------------------- sizes
 
 HUBERT_XL = hf.HubertConfig(hidden_size=1280, num_hidden_layers=48, num_attention_heads=16, intermediate_size=5120, conv_bias=True,
