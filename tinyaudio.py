@@ -343,7 +343,8 @@ class LoRA(nn.Module):
     def merge(self):
         """Add the update to the layer's weight for good, which makes it free."""
         self.hook.remove()
-        self.linear[0].weight += (self.b @ self.a).to(self.linear[0].weight)
+        weight = self.linear[0].weight
+        weight.addmm_(self.b.to(weight), self.a.to(weight))
 
 
 # -------------------------------------------------------------------------------------------------------- TinyAudio
@@ -369,7 +370,8 @@ class TinyAudio(nn.Module):
         self.embed = self.decoder.get_input_embeddings()
         # Byte-level BPE and SentencePiece write a leading space so.
         self.word_starts = {i for token, i in self.tokenizer.get_vocab().items() if token[:1] in ("\u0120", "\u2581")}
-        width, loudness = self.embed.weight.shape[1], self.embed.weight.float().square().mean().sqrt().item()
+        width = self.embed.weight.shape[1]
+        loudness = self.embed.weight.norm(dim=1, dtype=torch.float32).square().div(width).mean().sqrt().item()
         self.projector = Projector(self.encoder.dim, width, loudness, stack, hidden).to(self.device)
         self.ctc = CTCHead(width, loudness).to(self.device)
         layers = self.decoder.base_model.named_modules() if lora else ()
