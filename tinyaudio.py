@@ -586,14 +586,15 @@ class TinyAudio(nn.Module):
         silent = ~length_mask(counts, spoken.shape[1])[..., None]
         spoken = spoken.masked_fill(silent, -math.inf)
         spoken[..., :1] = spoken[..., :1].masked_fill(silent, 0)  # behind a clip's end all frames are blank for certain
-        spoken = spoken.cpu().double().numpy()
+        spoken = spoken.cpu().numpy()
         prompts = self.embed_prompt(audio, counts)
         sizes = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        mask = length_mask(sizes, sizes.max())
-        out = self.decoder.base_model(inputs_embeds=pad_sequence(prompts, batch_first=True), attention_mask=mask, use_cache=True)
+        sees = length_mask(sizes, sizes.max())
+        out = self.decoder.base_model(inputs_embeds=pad_sequence(prompts, batch_first=True), attention_mask=sees, use_cache=True)
         hidden, cache = out.last_hidden_state[torch.arange(len(sizes), device=self.device), sizes - 1], out.past_key_values
-        # One row for each hypothesis of each clip; at first a single empty one.
-        rows = [(clip, (), 0.0) for clip in range(len(audio))]  # clip, classes, log p_LM
+        # All hypotheses of a clip share its row of the cache: their tokens make a tree, in which each sees its own branch.
+        rows = [(clip, (), 0.0) for clip in range(len(audio))]  # clip, classes, log p_LM; at first a single empty one
+        of = alive = np.arange(len(audio))  # the clip of every row; the clips in the cache
         paths = prefix_start(spoken)
         best = [((), -math.inf)] * len(audio)  # of the hypotheses that have ended
         while True:
@@ -601,33 +602,38 @@ class TinyAudio(nn.Module):
             ends = log_probs[:, self.tokenizer.eos_token_id].tolist()
             top = log_probs[:, self.ctc.tokens].topk(min(choices, len(self.ctc.tokens)))
             classes = (top.indices + 1).cpu().numpy()
-            of = np.array([clip for clip, *_ in rows])
             last = np.array([found[-1] if found else 0 for _, found, _ in rows])
-            scores, grown = prefix_extend(spoken[of], paths, last, classes)
+            scores, grown = prefix_extend(spoken, of, paths, last, classes)
             known = np.array([lm for *_, lm in rows])
             lm = known[:, None] + top.values.cpu().double().numpy()
             total = (1 - weight) * lm + weight * scores
             whole = (1 - weight) * (known + ends) + weight * np.logaddexp(paths[:, -1, 0], paths[:, -1, 1])
             chosen = []
-            for clip in sorted(set(of.tolist())):
+            for clip in alive.tolist():
                 mine = np.flatnonzero(of == clip)
                 for row in mine[whole[mine] > best[clip][1]]:
                     best[clip] = max(best[clip], (rows[row][1], whole[row]), key=lambda pair: pair[1])
                 order = np.argsort(-total[mine], axis=None)[:beam]
                 picks = [(mine[i // total.shape[1]], i % total.shape[1]) for i in order]
                 chosen += [(row, i) for row, i in picks if total[row, i] > best[clip][1]]  # a longer one scores lower
-            rows = [(rows[row][0], rows[row][1] + (classes[row, i],), lm[row, i]) for row, i in chosen]
-            if not rows:
+            if not chosen:
                 break
+            rows = [(rows[row][0], rows[row][1] + (classes[row, i],), lm[row, i]) for row, i in chosen]
             paths = np.stack([grown[row, :, :, i] for row, i in chosen])
-            parents = torch.tensor([int(row) for row, _ in chosen], device=self.device)
-            cache.batch_select_indices(parents)
-            positions = mask[parents].sum(1, keepdim=True)
-            mask = torch.cat([mask[parents], mask.new_ones(len(rows), 1)], dim=1)
-            tokens = self.ctc.tokens[torch.tensor([int(found[-1]) - 1 for _, found, _ in rows], device=self.device)][:, None]
-            out = self.decoder.base_model(input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache,
+            of = np.array([clip for clip, *_ in rows])
+            clips, place = np.unique(of, return_inverse=True)
+            if len(clips) < len(alive):
+                cache.batch_select_indices(torch.from_numpy(np.searchsorted(alive, clips)).to(self.device))
+            alive, slot = clips, torch.from_numpy(np.arange(len(of)) - np.searchsorted(of, of)).to(self.device)
+            sees = torch.cat([sees[[int(row) for row, _ in chosen]], F.one_hot(slot).bool()], dim=1)
+            tokens = torch.zeros(len(alive), slot.max() + 1, dtype=torch.int32, device=self.device)
+            tokens[place, slot] = self.ctc.tokens[[int(found[-1]) - 1 for _, found, _ in rows]]
+            mask = hidden.new_zeros(*tokens.shape, sees.shape[1])
+            mask[place, slot] = mask[place, slot].masked_fill(~sees, torch.finfo(mask.dtype).min)
+            positions = (sizes[alive, None] + len(rows[0][1]) - 1).expand(tokens.shape)
+            out = self.decoder.base_model(input_ids=tokens, position_ids=positions, attention_mask=mask[:, None], past_key_values=cache,
                                           use_cache=True)
-            hidden, cache = out.last_hidden_state[:, -1], out.past_key_values
+            hidden = out.last_hidden_state[place, slot]
         return [self.ctc.tokens[torch.tensor(found, dtype=torch.long) - 1].tolist() for found, _ in best]
 
     @torch.no_grad()
@@ -855,21 +861,21 @@ def take_seconds(pieces, seconds):
 
 
 def prefix_start(log_probs):
-    """CTC log probabilities (R, N, 1 + V) -> paths (R, N, 2) of the empty text: the log probability up to each frame of all
+    """CTC log probabilities (B, N, 1 + V) -> paths (B, N, 2) of the empty text: the log probability up to each frame of all
     paths that end in a token, and of those that end in a blank."""
-    blank = log_probs[:, :, 0].cumsum(1)
+    blank = log_probs[:, :, 0].cumsum(1, dtype=np.float64)
     return np.stack([np.full_like(blank, -np.inf), blank], axis=2)
 
 
-def prefix_extend(log_probs, paths, last, classes):
+def prefix_extend(log_probs, of, paths, last, classes):
     """CTC prefix scores of texts that are one token longer (Watanabe et al. 2017, algorithm 2).
 
-    Parameters: log_probs (R, N, 1 + V); paths (R, N, 2) of R texts, whose last tokens are last (R,), 0 for none; classes
-    (R, K), the tokens to append.
+    Parameters: log_probs (B, N, 1 + V); of R texts: of (R,), their clips; paths (R, N, 2); last (R,), their last tokens, 0 for
+    none; classes (R, K), the tokens to append.
     Returns scores (R, K), log p of all that begins with the longer text, and its paths (R, N, 2, K).
     """
-    emitted = np.take_along_axis(log_probs, classes[:, None, :], axis=2)
-    blank = log_probs[:, :, :1]
+    emitted = log_probs[of[:, None, None], np.arange(paths.shape[1])[:, None], classes[:, None]]
+    blank = log_probs[of, :, :1]
     # Behind the same token a new one needs a blank between.
     before = np.where(classes[:, None] == last[:, None, None], paths[:, :, 1:], np.logaddexp(paths[:, :, :1], paths[:, :, 1:]))
     grown = np.full((*paths.shape, classes.shape[1]), -np.inf)

@@ -272,7 +272,7 @@ def test_prefix_scores_sum_over_all_that_begins_with_a_text():
         paths, last = prefix_start(padded), 0
         for token in text:
             with np.errstate(invalid="ignore"):
-                scores, grown = prefix_extend(padded, paths, np.array([last]), np.array([[1, 2, 3]]))
+                scores, grown = prefix_extend(padded, np.array([0]), paths, np.array([last]), np.array([[1, 2, 3]]))
             paths, last = grown[..., token - 1], token
         begins = np.logaddexp.reduce([total for found, total in totals.items() if found[:len(text)] == text])
         assert scores[0, token - 1] == pytest.approx(begins)
