@@ -149,5 +149,5 @@ def convert_smollm2(files, target):
         weights[".".join(LLAMA_NAMES.get(part, part) for part in tensor.name.split("."))] = data.bfloat16()
     model = LlamaForCausalLM(config).bfloat16()
     model.load_state_dict({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
-    model.save_pretrained(target)
+    model.save_pretrained(target, max_shard_size="60MB")  # while it is read, no more than one file of it is in memory
     AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name).save_pretrained(target)

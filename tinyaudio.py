@@ -82,13 +82,15 @@ def from_hub(load, source, **options):
                          "whisper-base and smollm2-135m, needs no download") from None
 
 
-def load_model(model_class, source, **options):
+def load_model(model_class, source, dtype, **options):
     """A pretrained model, whole: weights that its files lack would otherwise stay random without a word."""
-    model, report = from_hub(model_class.from_pretrained, source, output_loading_info=True, **options)
+    # Float32 is made layer by layer from what is on disk, most often half as large, so that never all of it is there twice.
+    stored = "auto" if dtype == torch.float32 else dtype
+    model, report = from_hub(model_class.from_pretrained, source, output_loading_info=True, dtype=stored, **options)
     missing = sorted(name for name in report["missing_keys"] if not name.endswith("masked_spec_embed"))  # unused in eval mode
     if missing:
         raise InputError(f"{source} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}")
-    return model.eval().requires_grad_(False)
+    return (model.float() if stored == "auto" else model).eval().requires_grad_(False)
 
 
 def first_line(error):
@@ -250,9 +252,9 @@ def load_encoder(name, device=None, dtype=None):
     source = locate(name, ENCODERS)
     kind = from_hub(AutoConfig.from_pretrained, source).model_type
     if kind == "whisper":  # its decoder is left behind
-        model = load_model(WhisperEncoder, source, dtype=dtype, key_mapping={r"^(model\.)?encoder\.": ""})
+        model = load_model(WhisperEncoder, source, dtype, key_mapping={r"^(model\.)?encoder\.": ""})
     elif kind in ("hubert", "wav2vec2", "wavlm"):
-        model = load_model(AutoModel, source, dtype=dtype)
+        model = load_model(AutoModel, source, dtype)
     else:
         raise InputError(f"{name} is a {kind} model, not an audio encoder (whisper, hubert, wav2vec2, wavlm)")
     return Encoder(model, from_hub(AutoFeatureExtractor.from_pretrained, source)).eval().to(device)
@@ -265,7 +267,7 @@ def load_decoder(name, device=None, dtype=None):
     tokenizer = from_hub(AutoTokenizer.from_pretrained, source)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise InputError(f"{name} has no chat template or no end token: use an instruction-tuned model")
-    return load_model(AutoModelForCausalLM, source, dtype=dtype).to(device), tokenizer
+    return load_model(AutoModelForCausalLM, source, dtype).to(device), tokenizer
 
 
 # -------------------------------------------------------------------------------------------------------- projector
