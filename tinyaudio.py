@@ -644,17 +644,23 @@ class TinyAudio(nn.Module):
 
         decode is "ctc", what the projector spells; "greedy", through the language model, which checks that as a draft;
         or "joint", both together; by default what had the lowest WER when the checkpoint was trained. Where nothing is
-        spelled nobody speaks, and the language model is not asked; where it loops or never ends the spelling stands.
+        spelled nobody speaks, and the language model is not asked. Where it loops or never ends, the clip is decoded once more,
+        jointly, and should that loop too the spelling stands.
         """
         spelled, decode = self.spell(audio, counts), decode or self.decode
         spoken = [clip for clip, answer in enumerate(spelled) if answer]
         if decode == "ctc" or not spoken:
             return spelled
-        audio, counts, drafts = audio[spoken], counts[spoken], self.respell([spelled[clip] for clip in spoken])
-        answers = self.search(audio, counts) if decode == "joint" else self.generate(audio, counts, drafts=drafts)
-        for clip, answer, limit in zip(spoken, answers, self.token_limits(counts)):
-            if decode == "joint" or not (loop_length(answer) or len(answer) >= limit):
-                spelled[clip] = answer
+        audio, counts = audio[spoken], counts[spoken]
+        if decode == "joint":
+            answers = self.search(audio, counts)
+        else:
+            answers = self.generate(audio, counts, drafts=self.respell([spelled[clip] for clip in spoken]))
+            lost = [i for i, limit in enumerate(self.token_limits(counts)) if loop_length(answers[i]) or len(answers[i]) >= limit]
+            for i, answer in zip(lost, self.search(audio[lost], counts[lost]) if lost else ()):
+                answers[i] = answer
+        for clip, answer in zip(spoken, answers):
+            spelled[clip] = spelled[clip] if loop_length(answer) else answer
         return spelled
 
     def segments(self, sources, decode=None, task="transcribe", words=False, batch_seconds=120):
