@@ -586,8 +586,8 @@ class TinyAudio(nn.Module):
         """
         spoken = self.ctc(audio, self.embed.weight).log_softmax(-1)
         silent = ~length_mask(counts, spoken.shape[1])[..., None]
-        spoken = spoken.masked_fill(silent, -math.inf)
-        spoken[..., :1] = spoken[..., :1].masked_fill(silent, 0)  # behind a clip's end all frames are blank for certain
+        spoken.masked_fill_(silent, -math.inf)
+        spoken[..., :1].masked_fill_(silent, 0)  # behind a clip's end all frames are blank for certain
         spoken = spoken.cpu().numpy()
         prompts = self.embed_prompt(audio, counts)
         sizes = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
