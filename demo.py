@@ -116,4 +116,4 @@ if __name__ == "__main__":
     except ImportError as error:
         sys.exit(f"demo.py: the page needs gradio ({error}): pip install gradio")
     except (InputError, OSError) as error:
-        sys.exit(f"demo.py: {error}")
+        sys.exit(f"demo.py: {str(error).partition('. You can')[0]}")  # without Gradio's advice on flags of its own
