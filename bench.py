@@ -8,9 +8,10 @@ zero, so that all ways of training have to show the same loss, but for those tha
 """
 
 import argparse
+import contextlib
+import ctypes
 import itertools
 import json
-import resource
 import statistics
 import sys
 import time
@@ -21,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from tinyaudio import SAMPLE_RATE, InputError, TinyAudio, load_audio, make_batches, read_clips
-from train import matmul_flops, model_flops
+from tinyaudio import SAMPLE_RATE, InputError, TinyAudio, keep_freed_memory, load_audio, make_batches, read_clips
+from train import matmul_flops, model_flops, peak_memory
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -82,6 +83,24 @@ def train_epoch(model, optimizer, batches, phase=2, kind="wave frames", everywhe
     return total / sum(len(clip["answer"]) + 1 for batch in batches for clip in batch)
 
 
+@contextlib.contextmanager
+def freed_memory_returned():
+    """glibc as it is by default, without `keep_freed_memory`; elsewhere this does nothing."""
+    with contextlib.suppress(AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 128 << 10), libc.mallopt(-1, 128 << 10), libc.malloc_trim(0)
+    yield
+    keep_freed_memory()
+
+
+def reset_peak(device):
+    """Let `peak_memory` count from here: what was freed goes back, and Linux forgets the peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with freed_memory_returned(), contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def transformers_greedy(model, audio, counts):
     """Greedy decoding by `generate` of transformers; answers end where ours do, at an end token, a limit or a loop."""
     prompts, limits, answers = model.embed_prompt(audio, counts), model.token_limits(counts), [[] for _ in audio]
@@ -120,6 +139,7 @@ def main():
     model.load_trained(args.model)
     if model.device.type == "cpu":
         model.decoder.set_attn_implementation("eager")  # as train.py does
+    keep_freed_memory()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
     clips, peak = make_clips(model, args.clips), decoder_flops(model)
     waves, answers, lengths = zip(*[(clip["wave"], clip["answer"], len(clip["wave frames"])) for clip in clips])
@@ -139,18 +159,25 @@ def main():
     for phase, what, batches, how in [
             (1, "all tricks", buckets, {"phase": 1}), (2, "all tricks", buckets, {}), (2, "30 s padding", buckets, {"kind": "padded frames"}),
             (2, "logits everywhere", buckets, {"everywhere": True}), (2, "no length buckets", fixed, {}),
-            (2, "frames not kept", buckets, {"kind": "wave"}), (2, "one clip at a time", [[clip] for clip in clips], {}),
-            (2, "naive: without any", fixed, {"kind": "padded", "everywhere": True})]:
-        elapsed, loss = measure(lambda: train_epoch(model, optimizer, batches, **how), args.seconds)
+            (2, "frames not kept", buckets, {"kind": "wave"}), (2, "freed memory not kept", buckets, {}),
+            (2, "one clip at a time", [[clip] for clip in clips], {}),
+            (2, "naive: without any", fixed, {"kind": "padded", "everywhere": True}), (2, "all tricks, and --compile", buckets, {})]:
+        if "compile" in what:
+            for layer in model.decoder.base_model.layers:
+                layer.compile(dynamic=True)
+            train_epoch(model, optimizer, batches)  # which takes a minute or two
+        with freed_memory_returned() if "without" in what or "freed" in what else contextlib.nullcontext():
+            elapsed, loss = measure(lambda: train_epoch(model, optimizer, batches, **how), args.seconds)
         mfu = model_flops(model, lengths, answers, phase == 1, phase == 2, True) / elapsed / peak
         row(f"phase {phase}", what, sum(seconds), elapsed, f"loss {loss:.3f}, MFU {mfu:.0%}", "all tricks")
+    torch.compiler.set_stance("force_eager")  # again as above
 
-    for length, count in [(2, 1), (5, 1), (10, 1), (20, 1), (30, 1), (30, 2), (2, 2), (2, 4), (2, 8), (2, 16), (2, 32)]:
-        frames = model.encoder([np.resize(waves[0], length * SAMPLE_RATE)])[0][0]
-        batch = [{"wave frames": frames, "answer": (answers[0] * 30)[:3 * length]}] * count
+    for length, count in [(2, 1), (5, 1), (10, 1), (20, 1), (30, 1), (60, 1), (10, 2), (10, 4), (10, 8), (10, 16), (10, 32)]:
+        frames = model.encoder([np.resize(waves[0], min(length, 30) * SAMPLE_RATE)])[0][0]
+        batch = [{"wave frames": frames.repeat(-(-length // 30), 1), "answer": (answers[0] * 30)[:3 * length]}] * count
+        reset_peak(model.device)
         elapsed, _ = measure(lambda: train_epoch(model, optimizer, [batch]), args.seconds)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        row("a step of phase 2", f"{count} x {length} s", count * length, elapsed, f"{elapsed:.2f} s; {memory:.2f} GB until here")
+        row("a step of phase 2", f"{count} x {length} s", count * length, elapsed, f"{elapsed:.2f} s, {peak_memory(model.device):.2f} GB")
 
     for size in (1, 4, 16):
         batches = [sorted(waves, key=len)[i:i + size] for i in range(0, len(waves), size)]

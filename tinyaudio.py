@@ -16,6 +16,7 @@ d the decoder's width, V tokens that the CTC head spells with.
 import contextlib
 import copy
 import csv
+import ctypes
 import glob
 import io
 import itertools
@@ -106,6 +107,14 @@ def placement(device=None, dtype=None):
         raise InputError(f"no device {device} here: {first_line(error)}") from None
     slow = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
     return device, dtype or (torch.float32 if slow else torch.bfloat16)
+
+
+def keep_freed_memory():
+    """Have glibc keep what freed tensors held for the next ones. By default it returns large blocks to the system, and on a CPU
+    getting them anew, page by page, takes longer than what is computed in them. Elsewhere this does nothing."""
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 << 20), mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, at its highest, and M_TRIM_THRESHOLD
 
 
 # ------------------------------------------------------------------------------------------------------------ audio
@@ -354,6 +363,7 @@ class LoRA(nn.Module):
 TASKS = {"transcribe": "Transcribe: <audio>", "describe": "Describe what you hear: <audio>", "continue": "Continue: <audio>"}
 DECODINGS = ("greedy", "ctc", "joint")
 LONGEST_ANSWER = 200  # tokens, where the length of the sound says nothing
+DRAFTED = 8  # tokens of a draft that are checked in one pass
 JOINT_WEIGHT = 0.5  # of the CTC score in joint decoding; chosen on the development set
 
 
@@ -367,6 +377,7 @@ class TinyAudio(nn.Module):
     def __init__(self, encoder, decoder, stack=5, hidden=None, lora=0, decode="greedy", device=None, dtype=None):
         super().__init__()
         self.names, self.decode, self.prefixes = {"encoder": encoder, "decoder": decoder}, decode, {}
+        self.word_dropout = 0.0  # share of the answer's tokens that the decoder does not see while training
         self.encoder = load_encoder(encoder, device, dtype)
         self.decoder, self.tokenizer = load_decoder(decoder, device, dtype)
         self.embed = self.decoder.get_input_embeddings()
@@ -460,8 +471,10 @@ class TinyAudio(nn.Module):
         """Summed cross-entropy of the answers and their end token, given the audio."""
         end = self.tokenizer.eos_token_id
         prompts = self.embed_prompt(audio, counts)
-        rows = [torch.cat([prompt, self.embed(torch.tensor(answer, dtype=torch.long, device=self.device))])
-                for prompt, answer in zip(prompts, answers)]
+        words = [self.embed(torch.tensor(answer, dtype=torch.long, device=self.device)) for answer in answers]
+        if self.projector.training and self.word_dropout:  # so that it has to listen, not only to guess (Bowman et al. 2016)
+            words = [word * (torch.rand(len(word), 1, device=self.device) >= self.word_dropout) for word in words]
+        rows = [torch.cat(pair) for pair in zip(prompts, words)]
         # Padding stands on the right, where causal attention never looks: no mask is needed.
         hidden = self.decoder.base_model(inputs_embeds=pad_sequence(rows, batch_first=True), use_cache=False)
         hidden = hidden.last_hidden_state
@@ -504,8 +517,8 @@ class TinyAudio(nn.Module):
     @torch.no_grad()
     def passes(self, audio, counts, task="transcribe", drafts=None, most=None):
         """Greedy decoding with a KV cache, of a draft if there is one (Leviathan et al. 2023, with CTC as the small model):
-        each pass runs the decoder over its last token and all of the draft that is left, and takes its own choices up
-        to and including the first that differs from the draft. Without drafts that is one token a pass.
+        each pass runs the decoder over its last token and the next of the draft, and takes its own choices up to and
+        including the first that differs from the draft. Without drafts that is one token a pass.
 
         Parameters
         ----------
@@ -526,8 +539,9 @@ class TinyAudio(nn.Module):
         active = list(range(len(audio)))  # the clips that are not at their end; all tensors below have a row for each
         mask = torch.ones(len(audio), len(prefix), dtype=torch.bool, device=self.device)
         while active:
-            rows = [torch.cat([row, self.embed(torch.tensor(drafts[clip], dtype=torch.long, device=self.device))])
-                    for clip, row in zip(active, inputs)]
+            tried = [drafts[clip][:DRAFTED] for clip in active]
+            rows = [torch.cat([row, self.embed(torch.tensor(draft, dtype=torch.long, device=self.device))])
+                    for draft, row in zip(tried, inputs)]
             sizes = torch.tensor([len(row) for row in rows], device=self.device)
             x = pad_sequence(rows, batch_first=True)
             # Padding and rejected drafts stay in the cache and are masked; positions count what is not.
@@ -536,17 +550,16 @@ class TinyAudio(nn.Module):
             mask = torch.cat([mask, length_mask(sizes, x.shape[1])], dim=1)
             out = self.decoder.base_model(inputs_embeds=x, position_ids=positions, attention_mask=mask, past_key_values=cache,
                                           use_cache=True)
-            checked = [hidden[size - 1 - len(drafts[clip]):size]
-                       for clip, hidden, size in zip(active, out.last_hidden_state, sizes.tolist())]
+            checked = [hidden[size - 1 - len(draft):size] for draft, hidden, size in zip(tried, out.last_hidden_state, sizes.tolist())]
             choices = iter(self.decoder.get_output_embeddings()(torch.cat(checked)).argmax(-1).tolist())
             left = []
             for row, clip in enumerate(active):
-                draft, own = drafts[clip], list(itertools.islice(choices, len(checked[row])))
+                draft, own = tried[row], list(itertools.islice(choices, len(checked[row])))
                 agreed = next((i for i, (a, b) in enumerate(zip(own, draft)) if a != b), len(draft))
                 mask[row, width + len(rows[row]) - len(draft) + agreed:] = False
                 if self.extend(answers[clip], own[:agreed + 1], limits[clip]):
                     left.append(row)
-                    drafts[clip] = realign(draft[agreed:], own[agreed], self.word_starts)
+                    drafts[clip] = realign(drafts[clip][agreed:], own[agreed], self.word_starts)
             yield answers
             active = [active[row] for row in left]
             inputs = [self.embed(torch.tensor(answers[clip][-1:], device=self.device)) for clip in active]
@@ -724,7 +737,9 @@ class TinyAudio(nn.Module):
                 if not text.endswith("\ufffd"):  # in the midst of a character
                     yield text[len(done):]
                     done = text
-            gap = " " if done else gap
+            if text != done:  # the answer ended there
+                yield text[len(done):]
+            gap = " " if text else gap
 
     @torch.no_grad()
     def align(self, audio, ids):

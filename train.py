@@ -41,8 +41,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from eval import corpus_wer, encoded_audio, is_hub_id, open_stream
-from tinyaudio import (DECODERS, ENCODERS, SAMPLE_RATE, InputError, Projector, TinyAudio, clean_text, first_line, from_hub, load_audio,
-                       locate, make_batches, read_clips, read_whole_rows, write_whole)
+from tinyaudio import (DECODERS, ENCODERS, SAMPLE_RATE, InputError, Projector, TinyAudio, clean_text, first_line, from_hub, keep_freed_memory,
+                       load_audio, locate, make_batches, read_clips, read_whole_rows, write_whole)
 
 TRAINING_SETS = {  # name -> hub id, config, split, audio column, text column
     "loquacious": ("speechbrain/LoquaciousSet", "medium", "train", "wav", "text"),
@@ -86,6 +86,7 @@ def parse_args():
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--mask", type=float, default=0.15, help="share of stacked frames masked while training")
     add("--dropout", type=float, default=0.15, help="dropout in the projector")
+    add("--word-dropout", type=float, default=0, metavar="SHARE", help="hide so many of the answer's own tokens from the decoder, e.g. 0.15")
     add("--speed", type=float, default=0, metavar="SHARE", help="play each clip up to so much faster or slower, e.g. 0.1")
     add("--noise", type=float, default=0, metavar="SHARE", help="add noise to so many of the clips, e.g. 0.3")
     add("--no-speech", type=float, default=0.03, metavar="SHARE", help="add so many clips of silence, noise and tones, without text")
@@ -574,6 +575,7 @@ def decoder_layers(decoder, name):
 def train(args, state):
     rank, ranks = start_processes()
     say = tqdm.write if rank == 0 else lambda *_: None
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32
     out, pool, left_out = Path(args.out), ThreadPoolExecutor(args.workers), Counter()
@@ -610,7 +612,7 @@ def train(args, state):
         model.load_trained(args.init_from)
     model.spell_with([clip["text"] for clip in clips])
     torch.manual_seed(args.seed + rank)  # all begin with the same weights, and each drops out others
-    model.projector.mask, model.projector.dropout = args.mask, args.dropout
+    model.projector.mask, model.projector.dropout, model.word_dropout = args.mask, args.dropout, args.word_dropout
     model.decode = "ctc" if args.ctc_steps else "greedy"  # until a validation knows better
     model.train()
     # The backward pass of fused attention is slow on a CPU; on a GPU torch takes its flash kernel, as there is no mask.

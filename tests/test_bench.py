@@ -1,6 +1,7 @@
 """bench.py: what it compares must be the same thing done in two ways."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -50,10 +51,10 @@ def test_transformers_and_we_decode_the_same_text(model):
 
 
 def test_it_measures_what_the_table_says(trained, tmp_path):
-    done = run("bench.py", "--model", trained[0], "--clips", 5, "--seconds", 0.01, cwd=tmp_path)
+    done = run("bench.py", "--model", trained[0], "--clips", 5, "--seconds", 0.01, cwd=tmp_path, env={**os.environ, "TORCH_COMPILE_DISABLE": "1"})
     rows = json.loads((tmp_path / "bench.json").read_text())
     for part, found in rows.items():
         for what, speed in found.items():
             assert speed > 0 and f"| {part} | {what} | {speed:.1f} |" in done.stdout
-    assert len(rows["phase 2"]) == 7 and len(rows["decoding"]) == 12
+    assert len(rows["phase 2"]) == 9 and len(rows["decoding"]) == 12
     assert done.stdout.count("5 of 5 texts equal") >= 9  # all but the joint search

@@ -12,7 +12,7 @@ import transformers as hf
 from conftest import SENTENCES, tone
 from torch.nn.utils.rnn import pad_sequence
 
-from tinyaudio import (CTCHead, InputError, Projector, TinyAudio, length_mask, load_decoder, load_encoder, loop_length, prefix_extend, prefix_start,
+from tinyaudio import (DRAFTED, CTCHead, InputError, Projector, TinyAudio, length_mask, load_decoder, load_encoder, loop_length, prefix_extend, prefix_start,
                        realign)
 
 WAVES = [tone(seconds, i) for i, seconds in enumerate((2.0, 0.05, 3.31, 1.237, 0.9, 2.999))]
@@ -206,8 +206,13 @@ def test_masking_and_dropout_only_while_training(toys):
     model.projector.mask, model.projector.dropout = 0.5, 0.5
     frames, lengths = model.encoder(WAVES[:1])
     assert torch.equal(model.projector(frames, lengths)[0], model.projector(frames, lengths)[0])
+    audio, counts = model.projector(frames, lengths)
+    model.word_dropout, answers = 0.5, [model.tokenize(SENTENCES[1])]
+    seen = model.lm_loss(audio, counts, answers)
+    assert torch.equal(seen, model.lm_loss(audio, counts, answers))
     model.train()
     assert not torch.equal(model.projector(frames, lengths)[0], model.projector(frames, lengths)[0])
+    assert not torch.equal(seen, model.lm_loss(audio, counts, answers))
 
 
 # --------------------------------------------------------------------------------------------------------- decoding
@@ -242,7 +247,8 @@ def test_any_draft_leaves_the_answer_as_it_is_and_a_good_one_saves_passes(toys):
     broken = [[token if rng.random() < 0.7 else int(rng.integers(3, 300)) for token in answer if rng.random() < 0.8] for answer in plain]
     for drafts in (plain, broken, [[5] * 90] * len(WAVES), [[]] + plain[1:], plain[::-1]):
         assert model.generate(audio, counts, drafts=drafts) == plain
-    assert len(list(model.passes(audio, counts, drafts=plain))) == 1 < len(list(model.passes(audio, counts, drafts=broken)))
+    good, bad = (len(list(model.passes(audio, counts, drafts=drafts))) for drafts in (plain, broken))
+    assert good == max(map(len, plain)) // (DRAFTED + 1) + 1 < bad
     assert len(list(model.passes(audio, counts, drafts=broken))) < max(map(len, plain))
 
 
