@@ -85,12 +85,11 @@ def train_epoch(model, optimizer, batches, phase=2, kind="wave frames", everywhe
 
 @contextlib.contextmanager
 def freed_memory_returned():
-    """glibc as it is by default, without `keep_freed_memory`; elsewhere this does nothing."""
+    keep_freed_memory(False)
     with contextlib.suppress(AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 128 << 10), libc.mallopt(-1, 128 << 10), libc.malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)
     yield
-    keep_freed_memory()
+    keep_freed_memory(True)
 
 
 def reset_peak(device):
@@ -139,7 +138,7 @@ def main():
     model.load_trained(args.model)
     if model.device.type == "cpu":
         model.decoder.set_attn_implementation("eager")  # as train.py does
-    keep_freed_memory()
+    keep_freed_memory(True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
     clips, peak = make_clips(model, args.clips), decoder_flops(model)
     waves, answers, lengths = zip(*[(clip["wave"], clip["answer"], len(clip["wave frames"])) for clip in clips])

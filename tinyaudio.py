@@ -109,12 +109,14 @@ def placement(device=None, dtype=None):
     return device, dtype or (torch.float32 if slow else torch.bfloat16)
 
 
-def keep_freed_memory():
-    """Have glibc keep what freed tensors held for the next ones. By default it returns large blocks to the system, and on a CPU
-    getting them anew, page by page, takes longer than what is computed in them. Elsewhere this does nothing."""
+def keep_freed_memory(keep):
+    """Whether glibc keeps what freed tensors held for the next ones, or returns it to the system at once; elsewhere this does nothing.
+    On a CPU, getting memory anew, page by page, can take longer than what is computed in it: training keeps it. What is kept is in
+    pieces, and grows with every new shape: where sound of any length is heard, it is returned."""
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20), mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, at its highest, and M_TRIM_THRESHOLD
+        mallopt(-3, 32 << 20 if keep else 128 << 10)  # M_MMAP_THRESHOLD: its highest, and where it begins
+        mallopt(-1, 2**31 - 1 if keep else 128 << 10)  # M_TRIM_THRESHOLD
 
 
 # ------------------------------------------------------------------------------------------------------------ audio

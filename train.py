@@ -575,7 +575,7 @@ def decoder_layers(decoder, name):
 def train(args, state):
     rank, ranks = start_processes()
     say = tqdm.write if rank == 0 else lambda *_: None
-    keep_freed_memory()
+    keep_freed_memory(True)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32
     out, pool, left_out = Path(args.out), ThreadPoolExecutor(args.workers), Counter()

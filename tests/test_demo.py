@@ -38,7 +38,8 @@ def server(tmp_path_factory):
     uploads, outside = tmp_path_factory.mktemp("uploads"), socket.create_server(("127.0.0.1", 0))
     proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"
     env = {**os.environ, "GRADIO_TEMP_DIR": str(uploads), "http_proxy": proxy, "https_proxy": proxy, "no_proxy": "127.0.0.1,localhost"}
-    process = subprocess.Popen([sys.executable, str(ROOT / "demo.py"), "--max-minutes", "0.25"], env=env, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, str(ROOT / "demo.py"), "--max-minutes", "0.25"], env=env, stdout=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # jobs in the background ignore Ctrl-C
     yield process.stdout.readline().strip(), process, uploads, outside
     process.kill()
     process.communicate()
