@@ -155,7 +155,7 @@ def draw_clips(rows, name, max_samples, seed):
 # ------------------------------------------------------------------------------------------------------ recognisers
 
 
-def load_recognizer(name, decode, device):
+def load_recognizer(name, decode, device, batch_seconds):
     """A function from waves to texts; and its encoder, decoder and number of trained parameters."""
     folder = Path(name)
     if not folder.is_dir():
@@ -169,7 +169,7 @@ def load_recognizer(name, decode, device):
         return whisper_recognizer(name, device), ("its own", "its own", 0)
     model = TinyAudio.load(name, device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return lambda waves: model.transcribe(waves, decode), (*model.names.values(), trained)
+    return lambda waves: model.transcribe(waves, decode, batch_seconds=batch_seconds), (*model.names.values(), trained)
 
 
 def whisper_recognizer(name, device):
@@ -281,11 +281,13 @@ def main():
     out = Path(args.out or f"outputs/eval_{dataset}_{re.sub(r'[^A-Za-z0-9.]+', '-', args.checkpoint).strip('-')}")
     rows_file = out / "results.jsonl"
     rows = read_whole_rows(rows_file) if args.resume and rows_file.exists() else []
-    if [(row["name"], row["reference"]) for row in rows] != [(clip["name"], clip["text"]) for clip in clips[:len(rows)]]:
-        raise InputError(f"{rows_file} holds results of other clips: run without --resume")
+    asked = {"checkpoint": args.checkpoint, "decode": args.decode}
+    if rows and [{**asked, "name": clip["name"], "reference": clip["text"]} for clip in clips[:len(rows)]] != [
+            {key: row.get(key) for key in (*asked, "name", "reference")} for row in rows]:
+        raise InputError(f"{rows_file} holds results of other clips, of another checkpoint or --decode: run without --resume")
     rows = [{**row, **score(row["reference"], row["hypothesis"], args.normalizer)} for row in rows]
     start, before = time.perf_counter(), sum(row["wall"] for row in rows)
-    recognizer, (encoder, decoder, trained) = load_recognizer(args.checkpoint, args.decode, args.device)
+    recognizer, (encoder, decoder, trained) = load_recognizer(args.checkpoint, args.decode, args.device, args.batch_seconds)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(rows_file, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows)))
 
@@ -296,7 +298,7 @@ def main():
         results = recognize(chunk, recognizer, args.batch_seconds)
         wall = (time.perf_counter() - began) / len(chunk)
         for clip, result in zip(chunk, results):
-            row = {"name": clip["name"], "reference": clip["text"], **result, "wall": wall,
+            row = {"name": clip["name"], "reference": clip["text"], **asked, **result, "wall": wall,
                    **score(clip["text"], result["hypothesis"], args.normalizer)}
             rows.append(row)
             tqdm.write(f"Sample {len(rows)}: WER = {ratio([row], 'errors', 'words'):.2%}, Time = {row['time']:.2f}s\n"
@@ -318,7 +320,7 @@ def main():
                   high=summary["interval"][1], scorer=scorer, **summary)
     print(header)
     predictions = "".join(f"\n{row['name']}\nRef:  {row['reference']}\nPred: {row['hypothesis']}\n" for row in rows)
-    write_whole(out / "results.txt", lambda path: path.write_text(header + "\n" + predictions))
+    write_whole(out / "results.txt", lambda path: path.write_text(header + "\n" + predictions, "utf-8", "surrogateescape"))
     write_whole(out / "summary.json", lambda path: path.write_text(
         json.dumps({**vars(args), "scorer": scorer, "encoder": encoder, "decoder": decoder, "trained": trained, **summary}, indent=2)))
     for row in sorted(rows, key=lambda row: -row["errors"] / max(1, row["words"]))[:args.worst]:

@@ -47,8 +47,10 @@ def parse_args():
     args = parser.parse_args()
     if args.prompt is not None and args.prompt.count("<audio>") != 1:
         parser.error('--prompt must say once where the sound goes, as in "Summarise: <audio>"')
-    if args.stream and (args.out or args.format != "text"):
-        parser.error("--stream prints text; it takes neither --out nor --format")
+    if args.stream and (args.out or args.format != "text" or args.decode):
+        parser.error("--stream prints text as the language model makes it; it takes no --out, --format or --decode")
+    if args.text is not None and (args.files or args.out):
+        parser.error("--text asks the language model alone; it takes neither files nor --out")
     return args
 
 
@@ -188,7 +190,7 @@ def main():
                 output = render(args.format, name, heard, now - since)
                 if args.out:
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    write_whole(target, lambda path: path.write_text(output, encoding="utf-8"))
+                    write_whole(target, lambda path: path.write_text(output, "utf-8", "surrogateescape"))
                 else:
                     progress.clear()
                     label = name.replace("\t", "\\t").replace("\n", "\\n") + "\t" if several and args.format == "text" else ""

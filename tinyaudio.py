@@ -278,6 +278,11 @@ def load_decoder(name, device=None, dtype=None):
     tokenizer = from_hub(AutoTokenizer.from_pretrained, source)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise InputError(f"{name} has no chat template or no end token: use an instruction-tuned model")
+    config = from_hub(AutoConfig.from_pretrained, source)
+    odd = [key for key in ("logits_scaling", "logit_scale", "final_logit_softcapping") if getattr(config, key, None) not in (None, 1)]
+    odd += {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    if odd:  # none of which loss and search, which run body and vocabulary apart and undo drafts, would respect
+        raise InputError(f"{name} is not a decoder with plain full attention and plain logits ({', '.join(odd)}), such as Qwen3, SmolLM or Llama")
     return load_model(AutoModelForCausalLM, source, dtype).to(device), tokenizer
 
 
@@ -967,8 +972,9 @@ def read_rows(file):
     try:
         if file.is_dir():
             texts = sorted(file.rglob("*.txt"))
-            return [{"audio": str(text.with_suffix(suffix).relative_to(file.parent)), "text": text.read_text("utf-8-sig")}
-                    for text in texts for suffix in AUDIO_SUFFIXES if text.with_suffix(suffix).exists()]
+            return [{"audio": str(path.relative_to(file.parent)), "text": text.read_text("utf-8-sig")}
+                    for text in texts for path in sorted(text.parent.glob(f"{glob.escape(text.stem)}.*"))
+                    if path.suffix.lower() in AUDIO_SUFFIXES and path.stem == text.stem]
         if file.suffix == ".jsonl":
             with open(file, encoding="utf-8-sig") as lines:
                 return [json.loads(line) for line in lines if line.strip()]

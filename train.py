@@ -14,7 +14,9 @@ Ctrl-C or SIGTERM saves and stops; what is in --out can be used at any time.
 """
 
 import argparse
+import datetime
 import fcntl
+import hashlib
 import io
 import itertools
 import json
@@ -41,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from eval import corpus_wer, encoded_audio, is_hub_id, open_stream
-from tinyaudio import (DECODERS, ENCODERS, SAMPLE_RATE, InputError, Projector, TinyAudio, clean_text, first_line, from_hub, keep_freed_memory,
+from tinyaudio import (DECODERS, DECODINGS, ENCODERS, SAMPLE_RATE, InputError, Projector, TinyAudio, clean_text, first_line, from_hub, keep_freed_memory,
                        load_audio, locate, make_batches, read_clips, read_whole_rows, write_whole)
 
 TRAINING_SETS = {  # name -> hub id, config, split, audio column, text column
@@ -115,7 +117,7 @@ def parse_args():
             state = torch.load(Path(args.resume) / "state.pt", map_location="cpu", weights_only=True)
         except Exception as error:
             raise InputError(f"{args.resume} has no run to resume ({first_line(error)})") from None
-        return argparse.Namespace(**{**state["args"], "out": args.resume}), state
+        return argparse.Namespace(**{**vars(parser.parse_args([])), **state["args"], "out": args.resume}), state
     return args, None
 
 
@@ -133,6 +135,8 @@ def open_dataset(args):
 
     parts = [re.fullmatch(r"(.+?)(?::([\d.]+))?", part.strip()).groups() for part in args.dataset.split(",") if part.strip()]
     if not any(weight or name in TRAINING_SETS or is_hub_id(name) for name, weight in parts):
+        if args.config or args.split or args.audio_column or args.text_column:
+            raise InputError("--config, --split, --audio-column and --text-column are for datasets on the Hub, not for files")
         return read_clips(args.dataset), None
     streams = []
     for name, _ in parts:
@@ -188,7 +192,7 @@ def stream_windows(stream, args, max_seconds, left_out, held_out=(), number=0, p
             raise InputError(f"{args.dataset}: the stream broke off ({first_line(error)}); --resume {args.out} goes on") from None
         for row in window:
             audio = row["audio"] or {}
-            name = audio.get("path") or f"clip {len(clips)} of window {number}"
+            name = audio.get("path") or hashlib.md5(audio.get("bytes") or b"").hexdigest()
             if name not in held_out:
                 clips.append({"name": name, "audio": audio.get("bytes") or audio.get("path"), "text": clean_text(row["text"] or "")})
         clips = measure(clips, max_seconds, left_out)
@@ -399,7 +403,7 @@ def plan(args):
     configs = [from_hub(AutoConfig.from_pretrained, locate(*pair)) for pair in ((args.encoder, ENCODERS), (args.decoder, DECODERS))]
     with FakeTensorMode():
         encoder, decoder = AutoModel.from_config(configs[0]), AutoModelForCausalLM.from_config(configs[1], dtype=torch.bfloat16)
-        encoder, decoder = getattr(encoder, "encoder", encoder), decoder.eval().requires_grad_(False)
+        encoder, decoder = encoder.encoder if configs[0].model_type == "whisper" else encoder, decoder.eval().requires_grad_(False)
         width, body = configs[1].hidden_size, decoder.base_model
         projector = Projector(configs[0].hidden_size, width, 1.0, args.stack, args.hidden)
         lora = sum(args.lora_rank * (m.in_features + m.out_features) for m in body.modules() if isinstance(m, torch.nn.Linear))
@@ -513,7 +517,7 @@ def model_card(out, name):
     bases = [hub_id for hub_id in (ENCODERS.get(config["encoder"], config["encoder"]), DECODERS.get(config["decoder"], config["decoder"]))
              if is_hub_id(hub_id)]
     flags = {flag: Path(value).name if Path(str(value)).is_absolute() else value for flag, value in args.items()
-             if value not in (None, False) and flag not in ("out", "push_to_hub", "wandb", "device")}
+             if value is not None and value is not False and flag not in ("out", "push_to_hub", "wandb", "device")}
     return CARD.format(
         name=name, title=name.split("/")[1], encoder=Path(config["encoder"]).name, decoder=Path(config["decoder"]).name,
         bases="".join(["base_model:\n"] * bool(bases) + [f"- {hub_id}\n" for hub_id in bases]),
@@ -556,7 +560,8 @@ def start_processes():
         return 0, 1
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # The others wait while the first validates.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=6))
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -574,6 +579,11 @@ def decoder_layers(decoder, name):
 
 def train(args, state):
     rank, ranks = start_processes()
+    if args.wandb:
+        try:
+            import wandb
+        except ImportError:
+            raise InputError("--wandb needs wandb: pip install wandb") from None
     say = tqdm.write if rank == 0 else lambda *_: None
     keep_freed_memory(True)
     torch.manual_seed(args.seed)
@@ -583,8 +593,10 @@ def train(args, state):
     try:
         if rank == 0:  # the lock is gone with the process, however that ends
             fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise InputError(f"another run is writing to {out}: choose another --out") from None
+    except OSError as error:
+        warn(f"{out} cannot be locked against a second run ({first_line(error)})")
     if (out / "state.pt").exists() and not state:
         raise InputError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
     if state and len(state["ranks"]) != ranks:
@@ -592,6 +604,8 @@ def train(args, state):
 
     clips, stream = open_dataset(args)
     val = read_clips(args.val) if args.val else []
+    if args.init_from and not args.lora_rank and (Path(args.init_from) / "lora.safetensors").exists():
+        warn(f"the low-rank update of the decoder in {args.init_from} is left out: --lora-rank keeps it")
     model = TinyAudio(args.encoder, args.decoder, args.stack, args.hidden, args.lora_rank, device=args.device)
     longest = min(args.max_seconds, model.encoder.max_seconds)
     if stream:  # its first window stands for all of it; from there the validation clips are taken
@@ -601,7 +615,9 @@ def train(args, state):
         clips = measure(clips, longest, left_out)
     if not clips:
         raise InputError(f"no usable clip in {args.dataset}: {describe(left_out)}")
-    val = measure(val, longest, Counter())
+    val = measure(val, longest, val_left_out := Counter())
+    if args.val and not val:
+        raise InputError(f"no usable clip in {args.val}: {describe(val_left_out)}")
     random.Random(args.seed).shuffle(clips)
     random.Random(args.seed).shuffle(val)
     if not val:
@@ -634,7 +650,9 @@ def train(args, state):
         kept = size <= args.keep_frames and not (args.speed or args.noise)  # which differ from epoch to epoch
         about = f"{hours:.2f} h in {len(clips)} clips, frames {size:.2f} GB {'kept' if kept else 'not kept'}"
         if kept:
+            count = len(clips)
             clips, val = (keep_frames(model, part, args.batch_seconds, pool) for part in (clips, val))
+            left_out["broken"] += count - len(clips)
         if not clips or not val:
             raise InputError(f"{len(clips)} clips to train on and {len(val)} to validate on are not enough")
 
@@ -663,7 +681,6 @@ def train(args, state):
         rows = read_whole_rows(log_file) if state and log_file.exists() else []
         write_whole(log_file, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)))
         if args.wandb:
-            import wandb
             wandb.init(project=args.wandb, config=vars(args), dir=out)
 
     def log(row):
@@ -703,8 +720,10 @@ def train(args, state):
     stop = []
 
     def on_signal(number, _):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
+        if stop and time.monotonic() - stop[0][1] > 3:  # a second one ends the run at once; torchrun and Slurm may send the first twice
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        stop.append((number, time.monotonic()))
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
@@ -718,7 +737,12 @@ def train(args, state):
     progress = tqdm(total=total, initial=step, unit="step", disable=rank > 0 or not sys.stderr.isatty())
     sums, since = Counter(), time.perf_counter()  # of the steps since the last log line
     while step < total:
-        number, position, index, batches = next(steps)  # the next step's data is prefetched while this one runs
+        try:
+            number, position, index, batches = next(steps)  # the next step's data is prefetched while this one runs
+        except InputError:  # a stream broke off
+            if ranks == 1:
+                save()
+            raise
 
         # Each phase has a schedule of its own: linear warm-up, then a cosine down to a twentieth.
         phase, peak_lr, done, length = ((1, args.ctc_lr, step, args.ctc_steps) if step < args.ctc_steps else
@@ -763,7 +787,7 @@ def train(args, state):
         else:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        sums.update(tokens=tokens / ranks, steps=1)
+        sums.update(tokens=tokens / ranks if not bad_steps else 0, steps=1)
         step, place = step + 1, {"number": number, "position": position, "index": index + 1}
         progress.update()
 
@@ -785,8 +809,7 @@ def train(args, state):
         if step % args.eval_every == 0 or ends_phase or stopping:
             if not stopping and rank == 0:
                 with torch.compiler.set_stance("force_eager"):  # generation is of other shapes
-                    decodings = ("ctc",) if phase == 1 else ("ctc", "greedy") if step < total else ("ctc", "greedy", "joint")
-                    wers, (reference, hypothesis) = validate(model, val, args.batch_seconds, decodings, pool)
+                    wers, (reference, hypothesis) = validate(model, val, args.batch_seconds, ("ctc",) if phase == 1 else DECODINGS, pool)
                 model.decode = min(wers, key=wers.get)
                 log({"step": step, "phase": phase, "wer": wers})
                 say(f"step {step}/{total} WER " + ", ".join(f"{100 * wer:.1f} % {name}" for name, wer in wers.items())
@@ -795,8 +818,8 @@ def train(args, state):
             since = time.perf_counter()
         if stopping:
             say(f"stopped by a signal after step {step}; python train.py --resume {out} goes on")
-            sys.exit(128 + (stop or [signal.SIGTERM])[0])
-    left_out["broken"] = sum("broken" in clip for clip in clips)
+            sys.exit(128 + (stop[0][0] if stop else signal.SIGTERM))
+    left_out["broken"] += sum("broken" in clip for clip in clips)
     say(f"done: {out} holds the checkpoint; python sample.py --model {out} file.wav; left out {describe(left_out)}")
     if args.push_to_hub and rank == 0:
         push(out, args.push_to_hub)

@@ -150,6 +150,9 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(trained, dataset, tmp_pat
     (tmp_path / "again" / "results.jsonl").write_text("".join(rows[:5]))
     resumed = run("eval.py", trained[0], "--dataset", dataset, "--out", tmp_path / "again", "--max-samples", 12, "--resume")
     assert figures[0] == re.search(r"\nWER .*", resumed.stdout).group() and "Sample 5:" not in resumed.stdout
+    other = run("eval.py", trained[0], "--dataset", dataset, "--out", tmp_path / "again", "--max-samples", 12, "--decode", "ctc", "--resume",
+                check=False)
+    assert other.returncode == 1 and "of another checkpoint or --decode" in other.stderr
     other = run("eval.py", trained[0], "--dataset", dataset, "--out", tmp_path / "again", "--seed", 1, "--resume", check=False)
     assert other.returncode == 1 and "other clips" in other.stderr
 

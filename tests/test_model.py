@@ -75,6 +75,11 @@ def test_names_that_lead_nowhere(toys, tmp_path):
         load_encoder(toys["llama"])
     with pytest.raises(InputError, match="nothing usable"):
         load_decoder(str(tmp_path))
+    shutil.copytree(toys["llama"], tmp_path / "odd")
+    config = json.loads((tmp_path / "odd" / "config.json").read_text())
+    (tmp_path / "odd" / "config.json").write_text(json.dumps({**config, "logits_scaling": 8.0}))
+    with pytest.raises(InputError, match="plain logits .logits_scaling"):
+        load_decoder(str(tmp_path / "odd"))
     with pytest.raises(InputError, match="no device gpu"):
         load_encoder(toys["whisper"], "gpu")
 

@@ -1,6 +1,8 @@
 """Training at full scale, as far as it can be run without a GPU and without the Hub: streams, processes, crashes, uploads."""
 
 import base64
+import io
+import itertools
 import json
 import random
 import resource
@@ -89,6 +91,27 @@ def test_the_rows_of_a_stream_become_clips(loquacious, monkeypatch):
     assert all(isinstance(clip["audio"], bytes) and 0.5 <= clip["seconds"] <= 1.05 for clip in clips)
 
 
+def test_clips_of_a_stream_that_have_no_path_are_told_apart():
+    """And none that is held out for validation is trained on, in no window and no repetition."""
+    from datasets import Dataset, Features, Value
+
+    files = [io.BytesIO() for _ in range(20)]
+    for i, file in enumerate(files):
+        soundfile.write(file, tone(0.5, i), 16_000, format="wav")
+    rows = Dataset.from_dict({"audio": [{"bytes": file.getvalue(), "path": None} for file in files], "text": [str(i) for i in range(20)]},
+                             features=Features({"audio": {"bytes": Value("binary"), "path": Value("string")}, "text": Value("string")}))
+    args = train.argparse.Namespace(dataset="any", out="out", window=20)
+
+    def windows(held_out):
+        return train.stream_windows(rows.to_iterable_dataset().repeat(None), args, 30, train.Counter(), held_out)
+
+    names = {clip["name"]: clip["text"] for clip in next(windows(()))[2]}
+    assert len(names) == 20
+    held_out = set(list(names)[::4])
+    for _, _, clips in itertools.islice(windows(held_out), 3):
+        assert {clip["text"] for clip in clips} == {text for name, text in names.items() if name not in held_out}
+
+
 def test_a_stream_that_breaks_off_says_how_to_go_on():
     class Broken:
         def state_dict(self):
@@ -140,7 +163,7 @@ def test_plan_of_the_headline_pair(tmp_path):
     QWEN3_8B.save_pretrained(tmp_path / "qwen3-8b")
     flags = ["--encoder", tmp_path / "hubert-xl", "--decoder", tmp_path / "qwen3-8b", "--plan", 2250]
     lines = run("train.py", *flags).stdout.splitlines()
-    assert "958M, frozen" in lines[0] and "12.94M, hidden 1232" in lines[0] and "8191M, frozen" in lines[0] and "0.14% is trained" in lines[0]
+    assert "962M, frozen" in lines[0] and "12.94M, hidden 1232" in lines[0] and "8191M, frozen" in lines[0] and "0.14% is trained" in lines[0]
     assert "frozen weights 18.3 GB" in lines[1] and "encoder 96, decoder 5" in lines[2]
     fits = {line.split(",")[0][2:]: line.endswith("| yes |") for line in lines if line.startswith(("| RTX", "| A", "| H"))}
     assert fits == {"RTX 4090": False, "A40": True, "A100": True, "H100": True}
@@ -194,6 +217,12 @@ def test_a_full_disk_keeps_the_last_checkpoint(train_flags, trained, tmp_path):
     assert full.returncode == 1 and "cannot write the checkpoint of step 12" in printed and "Traceback" not in printed
     assert (out / "state.pt").read_bytes() == before and not list(out.glob("*.unfinished"))
     run("train.py", "--resume", out)
+
+
+def test_clips_to_validate_on_that_cannot_be_used_are_an_error(train_flags, tmp_path):
+    (tmp_path / "val.jsonl").write_text('{"audio": "nowhere.wav", "text": "a"}\n')
+    done = run("train.py", *train_flags, "--val", tmp_path / "val.jsonl", "--out", tmp_path / "out", check=False)
+    assert done.returncode == 1 and "no usable clip in" in done.stderr.splitlines()[-1] and "1 clips not readable audio" in done.stderr
 
 
 def test_two_runs_do_not_share_a_folder(train_flags, tmp_path):
