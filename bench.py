@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from tinyaudio import SAMPLE_RATE, InputError, TinyAudio, keep_freed_memory, load_audio, make_batches, read_clips
+from tinyaudio import SAMPLE_RATE, InputError, TinyAudio, load_audio, make_batches, read_clips
 from train import matmul_flops, model_flops, peak_memory
 
 ASSETS = Path(__file__).parent / "assets"
@@ -83,20 +83,12 @@ def train_epoch(model, optimizer, batches, phase=2, kind="wave frames", everywhe
     return total / sum(len(clip["answer"]) + 1 for batch in batches for clip in batch)
 
 
-@contextlib.contextmanager
-def freed_memory_returned():
-    keep_freed_memory(False)
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    yield
-    keep_freed_memory(True)
-
-
 def reset_peak(device):
     """Let `peak_memory` count from here: what was freed goes back, and Linux forgets the peak."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with freed_memory_returned(), contextlib.suppress(OSError):
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -138,7 +130,6 @@ def main():
     model.load_trained(args.model)
     if model.device.type == "cpu":
         model.decoder.set_attn_implementation("eager")  # as train.py does
-    keep_freed_memory(True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
     clips, peak = make_clips(model, args.clips), decoder_flops(model)
     waves, answers, lengths = zip(*[(clip["wave"], clip["answer"], len(clip["wave frames"])) for clip in clips])
@@ -158,15 +149,14 @@ def main():
     for phase, what, batches, how in [
             (1, "all tricks", buckets, {"phase": 1}), (2, "all tricks", buckets, {}), (2, "30 s padding", buckets, {"kind": "padded frames"}),
             (2, "logits everywhere", buckets, {"everywhere": True}), (2, "no length buckets", fixed, {}),
-            (2, "frames not kept", buckets, {"kind": "wave"}), (2, "freed memory not kept", buckets, {}),
+            (2, "frames not kept", buckets, {"kind": "wave"}),
             (2, "one clip at a time", [[clip] for clip in clips], {}),
             (2, "naive: without any", fixed, {"kind": "padded", "everywhere": True}), (2, "all tricks, and --compile", buckets, {})]:
         if "compile" in what:
             for layer in model.decoder.base_model.layers:
                 layer.compile(dynamic=True)
             train_epoch(model, optimizer, batches)  # which takes a minute or two
-        with freed_memory_returned() if "without" in what or "freed" in what else contextlib.nullcontext():
-            elapsed, loss = measure(lambda: train_epoch(model, optimizer, batches, **how), args.seconds)
+        elapsed, loss = measure(lambda: train_epoch(model, optimizer, batches, **how), args.seconds)
         mfu = model_flops(model, lengths, answers, phase == 1, phase == 2, True) / elapsed / peak
         row(f"phase {phase}", what, sum(seconds), elapsed, f"loss {loss:.3f}, MFU {mfu:.0%}", "all tricks")
     torch.compiler.set_stance("force_eager")  # again as above

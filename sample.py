@@ -25,7 +25,7 @@ from pathlib import Path
 import soundfile
 from tqdm import tqdm
 
-from tinyaudio import AUDIO_SUFFIXES, DECODINGS, TASKS, InputError, TinyAudio, keep_freed_memory, write_whole
+from tinyaudio import AUDIO_SUFFIXES, DECODINGS, TASKS, InputError, TinyAudio, return_freed_memory, write_whole
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -153,7 +153,7 @@ def main():
     if not files:
         return failed > 0
 
-    keep_freed_memory(False)
+    return_freed_memory()
     model = TinyAudio.load(args.model, args.device)
     task = args.prompt or args.task
     if args.stream:

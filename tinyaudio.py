@@ -109,14 +109,12 @@ def placement(device=None, dtype=None):
     return device, dtype or (torch.float32 if slow else torch.bfloat16)
 
 
-def keep_freed_memory(keep):
-    """Whether glibc keeps what freed tensors held for the next ones, or returns it to the system at once; elsewhere this does nothing.
-    On a CPU, getting memory anew, page by page, can take longer than what is computed in it: training keeps it. What is kept is in
-    pieces, and grows with every new shape: where sound of any length is heard, it is returned."""
+def return_freed_memory():
+    """Have glibc return what large tensors held to the system at once. By default it keeps pieces, more with every new shape, and a
+    process that hears sound of any length would grow with it. Elsewhere this does nothing."""
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20 if keep else 128 << 10)  # M_MMAP_THRESHOLD: its highest, and where it begins
-        mallopt(-1, 2**31 - 1 if keep else 128 << 10)  # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 20), mallopt(-1, 1 << 20)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 # ------------------------------------------------------------------------------------------------------------ audio
@@ -370,7 +368,7 @@ class LoRA(nn.Module):
 TASKS = {"transcribe": "Transcribe: <audio>", "describe": "Describe what you hear: <audio>", "continue": "Continue: <audio>"}
 DECODINGS = ("greedy", "ctc", "joint")
 LONGEST_ANSWER = 200  # tokens, where the length of the sound says nothing
-DRAFTED = 8  # tokens of a draft that are checked in one pass
+DRAFTED = 3  # tokens of a draft that are checked in one pass; more of them seldom hold, and cost time on a CPU
 JOINT_WEIGHT = 0.5  # of the CTC score in joint decoding; chosen on the development set
 
 

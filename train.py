@@ -43,8 +43,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from eval import corpus_wer, encoded_audio, is_hub_id, open_stream
-from tinyaudio import (DECODERS, DECODINGS, ENCODERS, SAMPLE_RATE, InputError, Projector, TinyAudio, clean_text, first_line, from_hub, keep_freed_memory,
-                       load_audio, locate, make_batches, read_clips, read_whole_rows, write_whole)
+from tinyaudio import (DECODERS, DECODINGS, ENCODERS, SAMPLE_RATE, InputError, Projector, TinyAudio, clean_text, first_line, from_hub, load_audio,
+                        locate, make_batches, read_clips, read_whole_rows, write_whole)
 
 TRAINING_SETS = {  # name -> hub id, config, split, audio column, text column
     "loquacious": ("speechbrain/LoquaciousSet", "medium", "train", "wav", "text"),
@@ -585,7 +585,6 @@ def train(args, state):
         except ImportError:
             raise InputError("--wandb needs wandb: pip install wandb") from None
     say = tqdm.write if rank == 0 else lambda *_: None
-    keep_freed_memory(True)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32
     out, pool, left_out = Path(args.out), ThreadPoolExecutor(args.workers), Counter()

@@ -56,5 +56,5 @@ def test_it_measures_what_the_table_says(trained, tmp_path):
     for part, found in rows.items():
         for what, speed in found.items():
             assert speed > 0 and f"| {part} | {what} | {speed:.1f} |" in done.stdout
-    assert len(rows["phase 2"]) == 9 and len(rows["decoding"]) == 12
+    assert len(rows["phase 2"]) == 8 and len(rows["decoding"]) == 12
     assert done.stdout.count("5 of 5 texts equal") >= 9  # all but the joint search
