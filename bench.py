@@ -149,8 +149,7 @@ def main():
     for phase, what, batches, how in [
             (1, "all tricks", buckets, {"phase": 1}), (2, "all tricks", buckets, {}), (2, "30 s padding", buckets, {"kind": "padded frames"}),
             (2, "logits everywhere", buckets, {"everywhere": True}), (2, "no length buckets", fixed, {}),
-            (2, "frames not kept", buckets, {"kind": "wave"}),
-            (2, "one clip at a time", [[clip] for clip in clips], {}),
+            (2, "frames not kept", buckets, {"kind": "wave"}), (2, "one clip at a time", [[clip] for clip in clips], {}),
             (2, "naive: without any", fixed, {"kind": "padded", "everywhere": True}), (2, "all tricks, and --compile", buckets, {})]:
         if "compile" in what:
             for layer in model.decoder.base_model.layers:

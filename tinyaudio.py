@@ -738,7 +738,8 @@ class TinyAudio(nn.Module):
                     continue
             done = ""
             for answers in self.passes(audio, counts, task, drafts, most):
-                text = gap + self.detokenize(answers[0])
+                text = self.detokenize(answers[0])
+                text = text and gap + text
                 if not text.endswith("\ufffd"):  # in the midst of a character
                     yield text[len(done):]
                     done = text

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from eval import corpus_wer, encoded_audio, is_hub_id, open_stream
 from tinyaudio import (DECODERS, DECODINGS, ENCODERS, SAMPLE_RATE, InputError, Projector, TinyAudio, clean_text, first_line, from_hub, load_audio,
-                        locate, make_batches, read_clips, read_whole_rows, write_whole)
+                       locate, make_batches, read_clips, read_whole_rows, write_whole)
 
 TRAINING_SETS = {  # name -> hub id, config, split, audio column, text column
     "loquacious": ("speechbrain/LoquaciousSet", "medium", "train", "wav", "text"),
