@@ -114,7 +114,7 @@ WAYS = {  # name -> a function of a model and a batch that gives the token ids o
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ASSETS / "default"), help="folder of a checkpoint")
-    parser.add_argument("--clips", type=int, default=16, help="to train on and to decode")
+    parser.add_argument("--clips", type=int, default=32, help="to train on and to decode")
     parser.add_argument("--seconds", type=float, default=8, help="to spend on a figure")
     parser.add_argument("--plot", metavar="PNG", help="draw them, too")
     parser.add_argument("--device", help="cuda, mps or cpu; by default the best there is")

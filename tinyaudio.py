@@ -383,13 +383,11 @@ class TinyAudio(nn.Module):
         super().__init__()
         self.names, self.decode, self.prefixes = {"encoder": encoder, "decoder": decoder}, decode, {}
         self.word_dropout = 0.0  # share of the answer's tokens that the decoder does not see while training
-        self.resegment = 0.0  # share of the tokens that CTC training cuts in two
         self.encoder = load_encoder(encoder, device, dtype)
         self.decoder, self.tokenizer = load_decoder(decoder, device, dtype)
         self.embed = self.decoder.get_input_embeddings()
-        self.vocabulary = self.tokenizer.get_vocab()
         # Byte-level BPE and SentencePiece write a leading space so.
-        self.word_starts = {i for token, i in self.vocabulary.items() if token[:1] in ("\u0120", "\u2581")}
+        self.word_starts = {i for token, i in self.tokenizer.get_vocab().items() if token[:1] in ("\u0120", "\u2581")}
         width = self.embed.weight.shape[1]
         loudness = self.embed.weight.norm(dim=1, dtype=torch.float32).square().div(width).mean().sqrt().item()
         self.projector = Projector(self.encoder.dim, width, loudness, stack, hidden).to(self.device)
@@ -438,27 +436,14 @@ class TinyAudio(nn.Module):
         so that any other word can be spelled."""
         characters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'.,?!-"
         pieces = [self.tokenize(space + character) for character in characters for space in ("", " ")]
-        tokens = {piece[0] for piece in pieces if len(piece) == 1} | set(self.ctc.tokens.tolist())
-        for answer in map(self.tokenize, texts):
-            tokens.update(answer, *map(self.cut, answer))
+        tokens = {piece[0] for piece in pieces if len(piece) == 1}.union(*map(self.tokenize, texts))
+        tokens |= set(self.ctc.tokens.tolist())
         self.ctc.tokens = torch.tensor(sorted(tokens), dtype=torch.int32, device=self.device)
 
     def spelling(self, answer, known):
         """Token ids with those that are not known to the CTC head spelled in characters."""
         return [piece for token in answer for piece in
                 ([token] if token in known else sum(map(self.tokenize, self.tokenizer.decode([token])), [])) if piece in known]
-
-    def cut(self, token):
-        """Token ids that spell the same as a token: itself, or, by chance, two shorter ones, each of which may be cut again. So words are
-        learned to be spelled that no training text holds (subword regularization, Kudo 2018)."""
-        if not self.resegment or torch.rand(()) >= self.resegment:
-            return [token]
-        name = self.tokenizer.convert_ids_to_tokens(token)
-        pairs = [(name[:i], name[i:]) for i in range(1, len(name)) if name[:i] in self.vocabulary and name[i:] in self.vocabulary]
-        if not pairs:
-            return [token]
-        first, second = pairs[torch.randint(len(pairs), ())]
-        return self.cut(self.vocabulary[first]) + self.cut(self.vocabulary[second])
 
     # ------------------------------------------------------------------------------------------------------- loss
 
@@ -480,8 +465,6 @@ class TinyAudio(nn.Module):
         """Summed CTC loss; an answer that has more tokens than the clip has frames counts as zero."""
         log_probs = self.ctc(audio, self.embed.weight).log_softmax(-1).transpose(0, 1)
         number = {token: i for i, token in enumerate(self.ctc.tokens.tolist(), 1)}
-        if self.projector.training:
-            answers = [[piece for token in answer for piece in self.cut(token)] for answer in answers]
         answers = [[number[token] for token in self.spelling(answer, number)] for answer in answers]
         classes = torch.tensor(sum(answers, []), dtype=torch.int32, device=self.device)
         sizes = torch.tensor([len(answer) for answer in answers], device=self.device)

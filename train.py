@@ -89,7 +89,6 @@ def parse_args():
     add("--mask", type=float, default=0.15, help="share of stacked frames masked while training")
     add("--dropout", type=float, default=0.15, help="dropout in the projector")
     add("--word-dropout", type=float, default=0, metavar="SHARE", help="hide so many of the answer's own tokens from the decoder, e.g. 0.15")
-    add("--resegment", type=float, default=0, metavar="SHARE", help="cut so many of the tokens of CTC targets in two, at random, e.g. 0.2")
     add("--speed", type=float, default=0, metavar="SHARE", help="play each clip up to so much faster or slower, e.g. 0.1")
     add("--noise", type=float, default=0, metavar="SHARE", help="add noise to so many of the clips, e.g. 0.3")
     add("--no-speech", type=float, default=0.03, metavar="SHARE", help="add so many clips of silence, noise and tones, without text")
@@ -626,7 +625,6 @@ def train(args, state):
     val = val[:args.val_clips]
     if args.init_from and not state:
         model.load_trained(args.init_from)
-    model.resegment = args.resegment
     model.spell_with([clip["text"] for clip in clips])
     torch.manual_seed(args.seed + rank)  # all begin with the same weights, and each drops out others
     model.projector.mask, model.projector.dropout, model.word_dropout = args.mask, args.dropout, args.word_dropout

@@ -193,24 +193,6 @@ def test_ctc_loss_sums_over_all_alignments(toys):
     assert model.ctc_loss(audio, torch.tensor([3]), [answer]).item() == pytest.approx(-probability.log().item(), rel=1e-4)
 
 
-def test_cut_tokens_spell_the_same_text_and_only_while_training(toys):
-    model = build(toys)
-    answer = model.tokenize(SENTENCES[1])
-    assert [piece for token in answer for piece in model.cut(token)] == answer
-    model.resegment = 0.5
-    cuts = [[piece for token in answer for piece in model.cut(token)] for _ in range(20)]
-    assert len(set(map(tuple, cuts))) > 10 and all(model.detokenize(pieces) == SENTENCES[1] for pieces in cuts)
-    before = len(model.ctc.tokens)
-    model.spell_with([])
-    assert len(model.ctc.tokens) == before
-    model.spell_with(SENTENCES * 10)
-    assert len(model.ctc.tokens) > before  # it spells with the pieces, too
-    audio, counts = model.listen([tone(3)])
-    for mode, different in ((False, False), (True, True)):
-        model.train(mode)
-        assert (len({model.ctc_loss(audio, counts, [answer]).item() for _ in range(10)}) > 1) == different
-
-
 def test_phase_1_never_runs_the_decoder_and_only_the_bridge_learns(toys, monkeypatch):
     model = build(toys).train()
     answers = [model.tokenize(SENTENCES[0])] * 2
