@@ -63,7 +63,8 @@ def logits_everywhere(model, audio, counts, answers):
     prompts, answers = model.embed_prompt(audio, counts), [answer + [model.tokenizer.eos_token_id] for answer in answers]
     rows = [torch.cat([prompt, model.embed(torch.tensor(answer, device=model.device))]) for prompt, answer in zip(prompts, answers)]
     labels = [torch.tensor([-100] * len(prompt) + answer, device=model.device) for prompt, answer in zip(prompts, answers)]
-    return model.decoder(inputs_embeds=pad_sequence(rows, True), labels=pad_sequence(labels, True, -100), num_items_in_batch=1).loss
+    return model.decoder(inputs_embeds=pad_sequence(rows, True), labels=pad_sequence(labels, True, -100), num_items_in_batch=1,
+                         use_cache=False).loss
 
 
 def train_epoch(model, optimizer, batches, phase=2, kind="wave frames", everywhere=False):
