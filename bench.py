@@ -42,12 +42,13 @@ def make_clips(model, count):
 
 def measure(run, seconds):
     """Median time of `run`, which has to wait for the device, and what it returned."""
+    run()  # compiles what it needs
     times = []
-    while len(times) < 4 and sum(times) < seconds:
+    while len(times) < 3 and sum(times) < seconds:
         start = time.perf_counter()
         result = run()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:] or times), result
+    return statistics.median(times), result
 
 
 def decoder_flops(model, positions=512):
@@ -155,8 +156,6 @@ def main():
             (2, "no length buckets", fixed, {}), (2, "frames not kept", buckets, {"kind": "wave"}),
             (2, "one clip at a time", [[clip] for clip in clips], {}), (2, "naive: without any", fixed, {"kind": "padded", "everywhere": True})]:
         with torch.compiler.set_stance("force_eager" if "compile" in what or "naive" in what else "default"):
-            if phase == 2:
-                train_epoch(model, optimizer, batches, **how)  # new shapes are compiled here
             elapsed, loss = measure(lambda: train_epoch(model, optimizer, batches, phase, **how), args.seconds)
         mfu = model_flops(model, lengths, answers, phase == 1, phase == 2, True) / elapsed / peak
         row(f"phase {phase}", what, sum(seconds), elapsed, f"loss {loss:.3f}, MFU {mfu:.0%}", "all tricks")
@@ -165,7 +164,6 @@ def main():
         frames = model.encoder([np.resize(waves[0], min(length, 30) * SAMPLE_RATE)])[0][0]
         batch = [{"wave frames": frames.repeat(-(-length // 30), 1), "answer": (answers[0] * 30)[:3 * length]}] * count
         reset_peak(model.device)
-        train_epoch(model, optimizer, [batch])
         elapsed, _ = measure(lambda: train_epoch(model, optimizer, [batch]), args.seconds)
         row("a step of phase 2", f"{count} x {length} s", count * length, elapsed, f"{elapsed:.2f} s, {peak_memory(model.device):.2f} GB")
 

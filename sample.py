@@ -169,7 +169,8 @@ def main():
 
     several, since = len(args.files) != 1 or len(files) > 1, time.perf_counter()
     total = sum(duration(name) for name, _ in files if name != "-")
-    segments = model.segments((open_source(name) for name, _ in files), args.decode, task, words=args.format != "text", batch_seconds=30)
+    segments = model.segments((open_source(name) for name, _ in files), args.decode, task, words=args.format != "text",
+                              batch_seconds=30)  # larger batches are hardly faster on a CPU, and cost memory
     with tqdm(total=round(total, 1) or None, unit="s", disable=None if total > 30 else True,
               bar_format="{percentage:3.0f}% {n:.0f} of {total:.0f} s of audio, {rate_noinv_fmt}, {remaining} left") as progress:
         for index, group in itertools.groupby(segments, key=lambda segment: segment["source"]):

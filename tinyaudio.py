@@ -607,7 +607,7 @@ class TinyAudio(nn.Module):
         silent = ~length_mask(counts, spoken.shape[1])[..., None]
         spoken.masked_fill_(silent, -math.inf)
         spoken[..., :1].masked_fill_(silent, 0)  # behind a clip's end all frames are blank for certain
-        heard = spoken[..., 1:].amax(1)
+        heard = spoken[..., 1:].amax(1)  # (B, V): a token that no frame sounds like is not worth a try
         spoken = spoken.cpu().numpy()
         prompts = self.embed_prompt(audio, counts)
         sizes = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
@@ -820,15 +820,7 @@ class TinyAudio(nn.Module):
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
             folder = Path(from_hub(snapshot_download, locate(str(path), {}), allow_patterns=["*.safetensors", "config.json"]))
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            known = {"encoder", "decoder", "stack", "hidden", "lora", "decode"}
-            if set(config) != known:
-                raise ValueError(f"the keys must be {', '.join(sorted(known))}, and are {', '.join(config)}")
-            if config["decode"] not in DECODINGS:
-                raise ValueError(f"decode must be one of {', '.join(DECODINGS)}")
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder / 'config.json'} is no checkpoint's config: {first_line(error)}") from None
+        config = read_config(folder)
         if not (folder / "lora.safetensors").exists():
             config["lora"] = 0
         model = cls(**config, device=device, dtype=dtype)
@@ -854,6 +846,21 @@ class TinyAudio(nn.Module):
             self.load_state_dict(tensors, strict=False)
         except Exception as error:
             raise InputError(f"{file} is no checkpoint of this model: {first_line(error)}") from None
+
+
+def read_config(folder):
+    """What a checkpoint's config.json says, a dict. Raises InputError for a file that is missing or says anything else."""
+    file = Path(folder) / "config.json"
+    try:
+        config = json.loads(file.read_text())
+        known = {"encoder", "decoder", "stack", "hidden", "lora", "decode"}
+        if set(config) != known:
+            raise ValueError(f"the keys must be {', '.join(sorted(known))}, and are {', '.join(config)}")
+        if config["decode"] not in DECODINGS:
+            raise ValueError(f"decode must be one of {', '.join(DECODINGS)}")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is no checkpoint's config: {first_line(error)}") from None
+    return config
 
 
 def write_whole(path, write):

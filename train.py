@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from eval import corpus_wer, encoded_audio, is_hub_id, open_stream
 from tinyaudio import (DECODERS, DECODINGS, ENCODERS, SAMPLE_RATE, InputError, Projector, TinyAudio, clean_text, first_line, from_hub, load_audio,
-                       locate, make_batches, read_clips, read_whole_rows, write_whole)
+                       locate, make_batches, read_clips, read_config, read_whole_rows, write_whole)
 
 TRAINING_SETS = {  # name -> hub id, config, split, audio column, text column
     "loquacious": ("speechbrain/LoquaciousSet", "medium", "train", "wav", "text"),
@@ -74,7 +74,7 @@ def parse_args():
     add("--resume", metavar="OUT", help="go on with an interrupted run, exactly; takes no other flag")
     add("--init-from", metavar="CKPT", help="start from a trained checkpoint instead of from nothing")
     add("--stack", type=positive, default=5, help="encoder frames per projector frame")
-    add("--hidden", type=int, help="hidden width of the projector (by default about 13M parameters)")
+    add("--hidden", type=int, help="hidden width of the projector (by default that of --init-from, or about 13M parameters)")
     add("--lora-rank", type=int, default=0, help="train a low-rank update of the decoder too, in phase 2 (0: none)")
     add("--ctc-steps", type=int, default=4000, help="steps of phase 1")
     add("--steps", type=int, default=60000, help="steps of phase 2")
@@ -605,6 +605,8 @@ def train(args, state):
     val = read_clips(args.val) if args.val else []
     if args.init_from and not args.lora_rank and (Path(args.init_from) / "lora.safetensors").exists():
         warn(f"the low-rank update of the decoder in {args.init_from} is left out: --lora-rank keeps it")
+    if args.init_from and not args.hidden:
+        args.hidden = read_config(args.init_from)["hidden"]
     model = TinyAudio(args.encoder, args.decoder, args.stack, args.hidden, args.lora_rank, device=args.device)
     longest = min(args.max_seconds, model.encoder.max_seconds)
     if stream:  # its first window stands for all of it; from there the validation clips are taken

@@ -306,6 +306,13 @@ def test_joint_decoding_finds_the_text_of_the_highest_score(toys, weight):
         assert model.search(audio[clip:clip + 1, :count], count[None], weight, beam=10_000, choices=3) == [ids]
 
 
+def test_joint_decoding_tries_what_is_heard_and_not_only_what_the_language_model_expects(toys):
+    model = build(toys)
+    for ids in ([40, 55], [71, 46], [62, 80]):
+        ids = model.ctc.tokens[ids].tolist()
+        assert model.search(model.embed(torch.tensor([ids])), torch.tensor([2]), weight=0.99, choices=2) == [ids]
+
+
 def test_alignment_is_the_best_path_through_a_text(toys):
     model = build(toys)
     audio, counts = model.projector(*model.encoder(WAVES[2:3]))

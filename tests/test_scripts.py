@@ -74,10 +74,12 @@ def test_a_killed_run_can_be_resumed(train_flags, tmp_path):
 
 
 def test_one_phase_recipe_and_init_from(train_flags, trained, tmp_path):
-    plain = run("train.py", *train_flags, "--ctc-steps", 0, "--ctc-weight", 0, "--out", tmp_path / "plain")
+    plain = run("train.py", *train_flags, "--ctc-steps", 0, "--ctc-weight", 0, "--hidden", 16, "--out", tmp_path / "plain")
     assert "phase 1" not in plain.stdout
     more = run("train.py", *train_flags, "--init-from", trained[0], "--out", tmp_path / "more")
     assert losses(tmp_path / "more")[0][1] < losses(trained[0])[0][1] and more.returncode == 0
+    run("train.py", *train_flags, "--init-from", tmp_path / "plain", "--ctc-steps", 0, "--steps", 1, "--out", tmp_path / "narrow")
+    assert json.loads((tmp_path / "narrow" / "config.json").read_text())["hidden"] == 16
 
 
 @pytest.mark.parametrize("flags, message", [
