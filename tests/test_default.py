@@ -129,17 +129,8 @@ def test_drafts_change_no_token(model):
     assert passes["drafted"] < 0.8 * passes["plain"]
 
 
-@pytest.mark.parametrize(("what", "tolerance"), [
-    ("speech", 0.01),
-    ("commands", 0.06),  # two to four seconds of synthetic speech, which the shipped checkpoint hears better by themselves
-])
-def test_ten_minutes_are_heard_as_clip_by_clip(model, what, tolerance):
-    if what == "speech" and not SPEECH.exists():
-        pytest.skip("needs the real speech of ../shared/speech, which is not part of the project")
-    if what == "speech":
-        waves, texts = zip(*[(load_audio(clip["audio"]), clip["text"]) for clip in read_clips(str(SPEECH))[::3]])
-    else:
-        waves, texts = command_waves()
+def test_ten_minutes_are_heard_as_clip_by_clip(model):
+    waves, texts = command_waves()
     gap, total, chosen, parts = np.zeros(SAMPLE_RATE, np.float32), 0, [], []
     while total < 600 * SAMPLE_RATE:
         chosen.append(len(chosen) % len(waves))
@@ -150,7 +141,8 @@ def test_ten_minutes_are_heard_as_clip_by_clip(model, what, tolerance):
     reference = [" ".join(texts[clip] for clip in chosen)]
     alone = model.transcribe(waves, "ctc")
     joined = corpus_wer(reference, [" ".join(segment["text"] for segment in segments)])
-    assert joined <= corpus_wer(reference, [" ".join(alone[clip] for clip in chosen)]) + tolerance
+    # The shipped checkpoint hears short commands better by themselves: 0.30 against 0.26. The one before had 0.33 both ways.
+    assert joined <= corpus_wer(reference, [" ".join(alone[clip] for clip in chosen)]) + 0.05
 
 
 def test_words_are_where_they_are_said(model):
