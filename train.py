@@ -72,7 +72,8 @@ def parse_args():
     add("--val", help="files to watch the WER on; by default --val-clips of --dataset are held out")
     add("--out", default="out", help="folder of the checkpoint and log.jsonl")
     add("--resume", metavar="OUT", help="go on with an interrupted run, exactly; takes no other flag")
-    add("--init-from", metavar="CKPT", help="start from a trained checkpoint instead of from nothing")
+    add("--init-from", metavar="CKPT", help="start from a trained checkpoint instead of from nothing, or, of several with commas between, "
+        "from their mean")
     add("--stack", type=positive, default=5, help="encoder frames per projector frame")
     add("--hidden", type=int, help="hidden width of the projector (by default that of --init-from, or about 13M parameters)")
     add("--lora-rank", type=int, default=0, help="train a low-rank update of the decoder too, in phase 2 (0: none)")
@@ -554,6 +555,20 @@ def push(out, name):
 # ------------------------------------------------------------------------------------------------------------- main
 
 
+def start_from(model, folders):
+    """Take over a checkpoint, or the mean of several that were trained from the same one: often better than each of them
+    (model soups, Wortsman et al. 2022)."""
+    if len({(Path(folder) / "lora.safetensors").exists() for folder in folders}) > 1:
+        raise InputError(f"--init-from {','.join(folders)}: some of them have a low-rank update, and some have not")
+    parts = []
+    for folder in folders:
+        model.load_trained(folder)
+        parts.append({name: tensor.clone() for name, tensor in model.trained().items()})
+    tokens = torch.cat([part.pop("ctc.tokens") for part in parts]).unique()
+    model.load_state_dict({name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}, strict=False)
+    model.ctc.tokens = tokens
+
+
 def start_processes():
     """This process's rank and the number of processes, as torchrun sets them."""
     if "RANK" not in os.environ:
@@ -603,10 +618,11 @@ def train(args, state):
 
     clips, stream = open_dataset(args)
     val = read_clips(args.val) if args.val else []
-    if args.init_from and not args.lora_rank and (Path(args.init_from) / "lora.safetensors").exists():
+    starts = args.init_from.split(",") if args.init_from else []
+    if starts and not args.lora_rank and (Path(starts[0]) / "lora.safetensors").exists():
         warn(f"the low-rank update of the decoder in {args.init_from} is left out: --lora-rank keeps it")
-    if args.init_from and not args.hidden:
-        args.hidden = read_config(args.init_from)["hidden"]
+    if starts and not args.hidden:
+        args.hidden = read_config(starts[0])["hidden"]
     model = TinyAudio(args.encoder, args.decoder, args.stack, args.hidden, args.lora_rank, device=args.device)
     longest = min(args.max_seconds, model.encoder.max_seconds)
     if stream:  # its first window stands for all of it; from there the validation clips are taken
@@ -625,8 +641,8 @@ def train(args, state):
         held_out = min(args.val_clips, len(clips) // 10 + 1)
         val, clips = clips[:held_out], clips[held_out:]
     val = val[:args.val_clips]
-    if args.init_from and not state:
-        model.load_trained(args.init_from)
+    if starts and not state:
+        start_from(model, starts)
     model.spell_with([clip["text"] for clip in clips])
     torch.manual_seed(args.seed + rank)  # all begin with the same weights, and each drops out others
     model.projector.mask, model.projector.dropout, model.word_dropout = args.mask, args.dropout, args.word_dropout

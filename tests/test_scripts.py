@@ -9,7 +9,9 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.torch
 import soundfile
+import torch
 from conftest import ROOT, run, tone
 
 from train import no_speech
@@ -78,6 +80,16 @@ def test_one_phase_recipe_and_init_from(train_flags, trained, tmp_path):
     assert "phase 1" not in plain.stdout
     more = run("train.py", *train_flags, "--init-from", trained[0], "--out", tmp_path / "more")
     assert losses(tmp_path / "more")[0][1] < losses(trained[0])[0][1] and more.returncode == 0
+    a, b, mean = trained[0], tmp_path / "more", tmp_path / "mean"
+    run("train.py", *train_flags, "--init-from", f"{a},{b}", "--ctc-steps", 0, "--steps", 0, "--out", mean)
+    for file in ("projector.safetensors", "lora.safetensors"):
+        first, second, both = (safetensors.torch.load_file(folder / file) for folder in (a, b, mean))
+        for name, tensor in both.items():
+            expected = first[name] if name == "ctc.tokens" else ((first[name].float() + second[name].float()) / 2).to(tensor.dtype)
+            assert torch.equal(tensor, expected), name
+    (b / "lora.safetensors").unlink()
+    done = run("train.py", *train_flags, "--init-from", f"{a},{b}", "--out", tmp_path / "mixed", check=False)
+    assert done.returncode == 1 and "some have not" in done.stderr.splitlines()[-1]
     run("train.py", *train_flags, "--init-from", tmp_path / "plain", "--ctc-steps", 0, "--steps", 1, "--out", tmp_path / "narrow")
     assert json.loads((tmp_path / "narrow" / "config.json").read_text())["hidden"] == 16
 
