@@ -558,7 +558,7 @@ def push(out, name):
 def start_from(model, folders):
     """Take over a checkpoint, or the mean of several that were trained from the same one: often better than each of them
     (model soups, Wortsman et al. 2022)."""
-    if len({(Path(folder) / "lora.safetensors").exists() for folder in folders}) > 1:
+    if model.lora and len({(Path(folder) / "lora.safetensors").exists() for folder in folders}) > 1:
         raise InputError(f"--init-from {','.join(folders)}: some of them have a low-rank update, and some have not")
     parts = []
     for folder in folders:

@@ -9,7 +9,7 @@ import torch
 from conftest import SENTENCES, run, tone
 
 from bench import logits_everywhere, make_clips, train_epoch, transformers_greedy
-from tinyaudio import TinyAudio
+from tinyaudio import TinyAudio, placement
 
 WAVES = [tone(seconds, i) for i, seconds in enumerate((2.0, 0.5, 3.31, 1.237))]
 
@@ -57,4 +57,5 @@ def test_it_measures_what_the_table_says(trained, tmp_path):
         for what, speed in found.items():
             assert speed > 0 and f"| {part} | {what} | {speed:.1f} |" in done.stdout
     assert len(rows["phase 2"]) == 8 and len(rows["decoding"]) == 12
-    assert done.stdout.count("5 of 5 texts equal") >= 9  # all but the joint search
+    # All but the joint search; in bfloat16, batches of other sizes round otherwise, which decides between two likely tokens.
+    assert done.stdout.count("5 of 5 texts equal") >= (9 if placement("cpu")[1] == torch.float32 else 6)

@@ -19,7 +19,7 @@ from conftest import ROOT, run
 from demo import draw
 from tinyaudio import SAMPLE_RATE, TinyAudio, load_audio, read_clips
 
-PATIENCE = 120  # seconds; what comes sooner is not waited for
+PATIENCE = 300  # seconds; what comes sooner is not waited for
 CLIPS = [clip["audio"] for clip in read_clips(str(ROOT / "assets/quickstart/test.jsonl"))]
 
 

@@ -23,7 +23,7 @@ from test_eval import hub_folder
 from test_scripts import losses
 
 import train
-from tinyaudio import Encoder, Projector, TinyAudio
+from tinyaudio import Encoder, Projector, TinyAudio, placement
 
 
 def start(*arguments, **options):
@@ -257,7 +257,8 @@ def test_an_offending_clip_is_found(toys):
 @pytest.mark.parametrize("options", [["--checkpointing"], ["--compile"], ["--checkpointing", "--compile"]])
 def test_checkpointing_and_compilation_change_nothing_but_speed(train_flags, trained, tmp_path, options):
     run("train.py", *train_flags, *options, "--out", tmp_path / "out")
-    assert np.allclose(np.array(losses(tmp_path / "out")), np.array(losses(trained[0])), rtol=5e-3)
+    rounding = 5e-3 if placement("cpu")[1] == torch.float32 else 3e-2  # compiled layers round to bfloat16 less often
+    assert np.allclose(np.array(losses(tmp_path / "out")), np.array(losses(trained[0])), rtol=rounding)
 
 
 # ------------------------------------------------------------------------------------------------------- augmentation
