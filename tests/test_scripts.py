@@ -80,7 +80,13 @@ def test_one_phase_recipe_and_init_from(train_flags, trained, tmp_path):
     assert "phase 1" not in plain.stdout
     more = run("train.py", *train_flags, "--init-from", trained[0], "--out", tmp_path / "more")
     assert losses(tmp_path / "more")[0][1] < losses(trained[0])[0][1] and more.returncode == 0
-    a, b, mean = trained[0], tmp_path / "more", tmp_path / "mean"
+    run("train.py", *train_flags, "--init-from", tmp_path / "plain", "--ctc-steps", 0, "--steps", 1, "--out", tmp_path / "narrow")
+    assert json.loads((tmp_path / "narrow" / "config.json").read_text())["hidden"] == 16
+
+
+def test_init_from_several_takes_their_mean(train_flags, trained, tmp_path):
+    a, b, mean = trained[0], tmp_path / "b", tmp_path / "mean"
+    run("train.py", *train_flags, "--init-from", a, "--ctc-steps", 0, "--steps", 2, "--out", b)
     run("train.py", *train_flags, "--init-from", f"{a},{b}", "--ctc-steps", 0, "--steps", 0, "--out", mean)
     for file in ("projector.safetensors", "lora.safetensors"):
         first, second, both = (safetensors.torch.load_file(folder / file) for folder in (a, b, mean))
@@ -90,8 +96,6 @@ def test_one_phase_recipe_and_init_from(train_flags, trained, tmp_path):
     (b / "lora.safetensors").unlink()
     done = run("train.py", *train_flags, "--init-from", f"{a},{b}", "--out", tmp_path / "mixed", check=False)
     assert done.returncode == 1 and "some have not" in done.stderr.splitlines()[-1]
-    run("train.py", *train_flags, "--init-from", tmp_path / "plain", "--ctc-steps", 0, "--steps", 1, "--out", tmp_path / "narrow")
-    assert json.loads((tmp_path / "narrow" / "config.json").read_text())["hidden"] == 16
 
 
 @pytest.mark.parametrize("flags, message", [
