@@ -558,12 +558,12 @@ def push(out, name):
 def start_from(model, folders):
     """Take over a checkpoint, or the mean of several that were trained from the same one: often better than each of them
     (model soups, Wortsman et al. 2022)."""
-    if model.lora and len({(Path(folder) / "lora.safetensors").exists() for folder in folders}) > 1:
-        raise InputError(f"--init-from {','.join(folders)}: some of them have a low-rank update, and some have not")
     parts = []
     for folder in folders:
         model.load_trained(folder)
         parts.append({name: tensor.clone() for name, tensor in model.trained().items()})
+    if model.lora and len({(Path(folder) / "lora.safetensors").exists() for folder in folders}) > 1:
+        raise InputError(f"--init-from {','.join(folders)}: some of them have a low-rank update, and some have not")
     tokens = torch.cat([part.pop("ctc.tokens") for part in parts]).unique()
     model.load_state_dict({name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}, strict=False)
     model.ctc.tokens = tokens

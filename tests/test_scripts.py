@@ -96,6 +96,8 @@ def test_init_from_several_takes_their_mean(train_flags, trained, tmp_path):
     (b / "lora.safetensors").unlink()
     done = run("train.py", *train_flags, "--init-from", f"{a},{b}", "--out", tmp_path / "mixed", check=False)
     assert done.returncode == 1 and "some have not" in done.stderr.splitlines()[-1]
+    done = run("train.py", *train_flags, "--init-from", f"{a},{tmp_path / 'nowhere'}", "--out", tmp_path / "missing", check=False)
+    assert done.returncode == 1 and "nowhere" in done.stderr.splitlines()[-1] and "no checkpoint" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("flags, message", [
