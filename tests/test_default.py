@@ -126,7 +126,7 @@ def test_drafts_change_no_token(model):
                     logits = model.decoder(inputs_embeds=torch.cat([prompt, model.embed(torch.tensor(a[:same], dtype=torch.long))])[None]).logits
                 first, second = logits[0, -1].topk(2).values.tolist()
                 assert first - second < 1e-3
-    assert passes["drafted"] < 0.9 * passes["plain"]  # 0.8 with the shipped checkpoint; 1 if no draft were ever taken
+    assert passes["drafted"] < 0.9 * passes["plain"]  # as many if none is ever taken
 
 
 def test_ten_minutes_are_heard_as_clip_by_clip(model):
