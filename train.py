@@ -557,7 +557,7 @@ def push(out, name):
 
 def start_from(model, folders):
     """Take over a checkpoint, or the mean of several that were trained from the same one: often better than each of them
-    (model soups, Wortsman et al. 2022)."""
+    (model soups, Wortsman et al. 2022). The first of them says how it decodes."""
     parts = []
     for folder in folders:
         model.load_trained(folder)
@@ -567,6 +567,7 @@ def start_from(model, folders):
     tokens = torch.cat([part.pop("ctc.tokens") for part in parts]).unique()
     model.load_state_dict({name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}, strict=False)
     model.ctc.tokens = tokens
+    model.decode = read_config(folders[0])["decode"]
 
 
 def start_processes():
@@ -646,7 +647,8 @@ def train(args, state):
     model.spell_with([clip["text"] for clip in clips])
     torch.manual_seed(args.seed + rank)  # all begin with the same weights, and each drops out others
     model.projector.mask, model.projector.dropout, model.word_dropout = args.mask, args.dropout, args.word_dropout
-    model.decode = "ctc" if args.ctc_steps else "greedy"  # until a validation knows better
+    if args.ctc_steps:
+        model.decode = "ctc"  # until a validation knows better
     model.train()
     # The backward pass of fused attention is slow on a CPU; on a GPU torch takes its flash kernel, as there is no mask.
     model.decoder.set_attn_implementation("eager" if model.device.type == "cpu" else "sdpa")

@@ -87,7 +87,10 @@ def test_one_phase_recipe_and_init_from(train_flags, trained, tmp_path):
 def test_init_from_several_takes_their_mean(train_flags, trained, tmp_path):
     a, b, mean = trained[0], tmp_path / "b", tmp_path / "mean"
     run("train.py", *train_flags, "--init-from", a, "--ctc-steps", 0, "--steps", 2, "--out", b)
-    run("train.py", *train_flags, "--init-from", f"{a},{b}", "--ctc-steps", 0, "--steps", 0, "--out", mean)
+    config = json.loads((b / "config.json").read_text())
+    (b / "config.json").write_text(json.dumps({**config, "decode": "joint"}))
+    run("train.py", *train_flags, "--init-from", f"{b},{a}", "--ctc-steps", 0, "--steps", 0, "--out", mean)
+    assert json.loads((mean / "config.json").read_text())["decode"] == "joint"
     for file in ("projector.safetensors", "lora.safetensors"):
         first, second, both = (safetensors.torch.load_file(folder / file) for folder in (a, b, mean))
         for name, tensor in both.items():
