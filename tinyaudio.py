@@ -370,7 +370,7 @@ TASKS = {"transcribe": "Transcribe: <audio>", "describe": "Describe what you hea
 DECODINGS = ("greedy", "ctc", "joint")
 LONGEST_ANSWER = 200  # tokens, where the length of the sound says nothing
 DRAFTED = 3  # tokens of a draft that are checked in one pass; more of them seldom hold, and cost time on a CPU
-JOINT_WEIGHT = 0.3  # of the CTC score in joint decoding; chosen on the development set
+JOINT_WEIGHT = 0.4  # of the CTC score in joint decoding; chosen on the development set
 
 
 class TinyAudio(nn.Module):
