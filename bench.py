@@ -1,17 +1,12 @@
-"""How fast is it? The machine's limit, training, how the cost grows, and decoding, measured side by side in one run.
+"""How fast, and what a run costs.
 
-    python bench.py                         the shipped model on speech of assets/quickstart: a table, and bench.json
-    python bench.py --plot bench.png        and a picture (needs matplotlib)
+    python bench.py                                               measures the bundled model here
+    python bench.py --plan --encoder hubert --decoder qwen3-8b    memory, hours, dollars of a run
 
-A figure is the median of three runs behind one to warm up, or of as many as --seconds are enough for. The learning rate is
-zero, so that all ways of training have to show the same loss, but for those that hear 30 s of padding.
+Median of three timed runs after one warm-up, in seconds of sound per second.
 """
-
 import argparse
-import contextlib
-import ctypes
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -19,170 +14,206 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import transformers as hf
 from torch.nn.utils.rnn import pad_sequence
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from tinyaudio import SAMPLE_RATE, InputError, TinyAudio, load_audio, make_batches, read_clips
-from train import matmul_flops, model_flops, peak_memory
+from data import SAMPLE_RATE, InputError, load_audio, make_batches, read_clips
+from tinyaudio import Projector, TinyAudio, fetch, locate
 
 ASSETS = Path(__file__).parent / "assets"
+LLMS = {  # published: class, width, layers, heads, key/value heads, MLP width, vocabulary, tied
+    "qwen3-8b": (hf.Qwen3Config, 4096, 36, 32, 8, 12288, 151936, False),
+    "qwen3-1.7b": (hf.Qwen3Config, 2048, 28, 16, 8, 6144, 151936, True),
+    "qwen3-0.6b": (hf.Qwen3Config, 1024, 28, 16, 8, 3072, 151936, True),
+    "smollm3-3b": (hf.SmolLM3Config, 2048, 36, 16, 4, 11008, 128256, True),
+}
+GPUS = {  # memory in GB, dense bf16 TFLOP/s of the data sheet, usual rent in USD per hour
+    "RTX 4090": (24, 165, 0.45),
+    "A40": (48, 150, 0.50),
+    "A100": (80, 312, 1.60),
+    "H100": (80, 989, 2.80),
+}
+PLANNED_MFU = 0.35
 
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
 
-def make_clips(model, count):
-    """Clips of 3 to 16 s, one to four commands one after another: dicts wave, padded (to 30 s), answer, and the frames of both."""
-    pool, clips = itertools.cycle(read_clips(str(ASSETS / "quickstart" / "test.jsonl"))), []
-    for size in itertools.islice(itertools.cycle([1, 4, 2, 1]), count):
-        commands = list(itertools.islice(pool, size))
-        wave = np.concatenate([load_audio(command["audio"]) for command in commands])
-        clip = {"wave": wave, "padded": np.pad(wave, (0, 30 * SAMPLE_RATE - len(wave))),
-                "answer": model.tokenize(" ".join(command["text"] for command in commands))}
-        clips.append(clip | {f"{kind} frames": model.encoder([clip[kind]])[0][0] for kind in ("wave", "padded")})
-    return clips
-
-
-def measure(run, seconds):
-    """Median time of `run`, which has to wait for the device, and what it returned."""
-    run()  # compiles what it needs
-    times = []
-    while len(times) < 3 and sum(times) < seconds:
+def median_time(run):
+    """Seconds that `run` takes, which must wait for the device, and what it returns."""
+    times, result = [], run()  # compiles what it needs
+    for _ in range(3):
         start = time.perf_counter()
         result = run()
         times.append(time.perf_counter() - start)
     return statistics.median(times), result
 
+def matmul_flops(device, dtype):
+    """FLOP/s of a plain matrix product, against which MFU is counted."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    return 2 * size**3 / median_time(lambda: (a @ b)[0, 0].item())[0]
 
-def decoder_flops(model, positions=512):
-    """FLOP/s of the matrix products in a layer of the decoder, at so many positions."""
-    weights = [p for p in model.decoder.base_model.layers[0].parameters() if p.ndim == 2]
-    inputs = [torch.randn(positions, weight.shape[1], device=model.device, dtype=weight.dtype) for weight in weights]
-    elapsed, _ = measure(lambda: sum(F.linear(x, weight)[0, 0].item() for x, weight in zip(inputs * 20, weights * 20)), 5)
-    return 40 * positions * sum(weight.numel() for weight in weights) / elapsed
+def model_flops(model, clips, ctc_weight, lm_weight):
+    """FLOPs of a step: per position 2 for a frozen weight, 2 more where gradients pass through
+    it, 6 for a trained weight."""
+    frames = sum(clip["seconds"] for clip in clips) * model.encoder.frame_rate
+    positions, words = frames / model.projector.stack, sum(len(c["answer"]) + 1 for c in clips)
+    flops, vocabulary = 6 * positions * parameters(model.projector), model.embed.weight.numel()
+    if "frames" not in clips[0]:
+        flops += 2 * frames * parameters(model.encoder)
+    if ctc_weight:
+        flops += 4 * positions * len(model.ctc.tokens) * model.embed.weight.shape[1]
+    if lm_weight:
+        every = positions + words + len(clips) * sum(map(len, model.prompt()))
+        body = parameters(model.decoder.base_model) - vocabulary
+        flops += every * (4 * body + 6 * parameters(model.lora)) + 4 * words * vocabulary
+    return flops
 
-
-def logits_everywhere(model, audio, counts, answers):
-    """`TinyAudio.lm_loss` as transformers computes it: the vocabulary at every position, most of which have no label."""
-    prompts, answers = model.embed_prompt(audio, counts), [answer + [model.tokenizer.eos_token_id] for answer in answers]
-    rows = [torch.cat([prompt, model.embed(torch.tensor(answer, device=model.device))]) for prompt, answer in zip(prompts, answers)]
-    labels = [torch.tensor([-100] * len(prompt) + answer, device=model.device) for prompt, answer in zip(prompts, answers)]
-    return model.decoder(inputs_embeds=pad_sequence(rows, True), labels=pad_sequence(labels, True, -100), num_items_in_batch=1,
-                         use_cache=False).loss
-
-
-def train_epoch(model, optimizer, batches, phase=2, kind="wave frames", everywhere=False):
-    """A step for each batch of clips, from their waves or frames. Returns the loss per token."""
-    total, dtype = 0.0, model.embed.weight.dtype
-    for batch in batches:
-        answers, sounds = [clip["answer"] for clip in batch], [clip[kind] for clip in batch]
-        frames, lengths = model.encoder(sounds) if "frames" not in kind else (
-            pad_sequence(sounds, True), torch.tensor([len(sound) for sound in sounds], device=model.device))
-        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            loss = (logits_everywhere(model, *model.projector(frames, lengths), answers) if everywhere else
-                    model.loss(frames, lengths, answers, ctc_weight=phase == 1, lm_weight=phase == 2)[0])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        total += loss.item()
-    return total / sum(len(clip["answer"]) + 1 for batch in batches for clip in batch)
-
-
-def reset_peak(device):
-    """Let `peak_memory` count from here: what was freed goes back, and Linux forgets the peak."""
+def peak_memory(device):
+    """Peak in GB so far: of the GPU, or of this process where Linux tells it, else 0."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmHWM"))
 
+def load_config(name):
+    """Sizes of a backbone; known without a network for those that the README names."""
+    if name in LLMS:
+        kind, width, layers, heads, kv_heads, mlp, vocabulary, tied = LLMS[name]
+        return kind(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+                    num_key_value_heads=kv_heads, head_dim=128, intermediate_size=mlp,
+                    vocab_size=vocabulary, tie_word_embeddings=tied)
+    if name == "hubert":
+        return hf.HubertConfig(hidden_size=1280, num_hidden_layers=48, num_attention_heads=16,
+                               intermediate_size=5120, conv_bias=True, feat_extract_norm="layer")
+    if name == "whisper":
+        return hf.WhisperConfig(d_model=1280, encoder_layers=32, encoder_attention_heads=20,
+                                encoder_ffn_dim=5120, num_mel_bins=128)
+    return fetch(hf.AutoConfig.from_pretrained, locate(name))
 
-def transformers_greedy(model, audio, counts):
-    """Greedy decoding by `generate` of transformers; answers end where ours do, at an end token, a limit or a loop."""
-    prompts, limits, answers = model.embed_prompt(audio, counts), model.token_limits(counts), [[] for _ in audio]
-    mask = pad_sequence([torch.ones(len(prompt), device=model.device) for prompt in prompts], True, padding_side="left")
-    found = model.decoder.generate(inputs_embeds=pad_sequence(prompts, True, padding_side="left"), attention_mask=mask.long(),
-                                   max_new_tokens=max(limits), do_sample=False)
-    for answer, tokens, limit in zip(answers, found.tolist(), limits):
-        model.extend(answer, tokens, limit)
-    return answers
+def plan(args):
+    """Print what training takes. The backbones are fake tensors: no weights are loaded."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.autograd.graph import saved_tensors_hooks
+    heard, config, saved = load_config(args.encoder), load_config(args.decoder), {}
+    rate = 50 / 5 + 3.3 + 3  # positions per second: stacked frames, tokens, prompt of 10 s clips
 
+    def keep(x):
+        saved[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+    with FakeTensorMode():
+        whisper = heard.model_type == "whisper"
+        encoder = WhisperEncoder(heard) if whisper else hf.AutoModel.from_config(heard)
+        decoder = hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        decoder.eval().requires_grad_(False)
+        projector = Projector(heard.hidden_size, config.hidden_size)
+        x = torch.randn(1, round(args.batch_seconds * rate), config.hidden_size,
+                        dtype=torch.bfloat16, requires_grad=True)
+        with saved_tensors_hooks(keep, lambda x: x):
+            decoder.base_model(inputs_embeds=x, use_cache=False)
+        for weight in decoder.parameters():  # they are there anyway
+            saved.pop(weight.untyped_storage()._cdata, None)
+    sizes = [parameters(part) for part in (encoder, projector, decoder)]
+    logits = 10 * 3.3 * args.batch_seconds * config.vocab_size  # bf16, float32 and gradient
+    memory = {"frozen weights": 2 * (sizes[0] + sizes[2]), "projector and AdamW": 16 * sizes[1],
+              "activations": sum(saved.values()) + logits, "CUDA": 2e9}
+    total = sum(memory.values()) / 1e9
+    flops = 2 * 50 * sizes[0] + rate * (6 * sizes[1] + 4 * sizes[2])
+    print(f"{args.encoder} {sizes[0] / 1e6:.0f}M -> projector {sizes[1] / 1e6:.2f}M (hidden "
+          f"{projector.hidden}) -> {args.decoder} {sizes[2] / 1e6:.0f}M: "
+          f"{sizes[1] / sum(sizes):.2%} is trained")
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.items())
+    print(f"{total:.1f} GB at --batch-seconds {args.batch_seconds:g}: {parts}")
+    print(f"{flops / 1e9:.0f} GFLOP per second of sound in phase 2; {args.hours:g} h of sound at "
+          f"{PLANNED_MFU:.0%} MFU, calculated:\n\n| GPU | x real time | hours | USD | fits |\n"
+          "|---|---|---|---|---|")
+    for name, (capacity, teraflops, price) in GPUS.items():
+        speed = teraflops * 1e12 * PLANNED_MFU / flops
+        hours, fits = args.hours / speed, "yes" if total < capacity else "no"
+        print(f"| {name}, {capacity} GB | {speed:.0f} | {hours:.1f} | {hours * price:.2f} | {fits} |")
 
-WAYS = {  # name -> a function of a model and a batch that gives the token ids of every clip
-    "generate of transformers": transformers_greedy,
-    "plain greedy": lambda model, *batch: model.generate(*batch),
-    "draft and verify": lambda model, *batch: model.generate(*batch, drafts=model.respell(model.spell(*batch))),
-    "joint": lambda model, *batch: model.search(*batch),
-}
+def make_clips(model, count):
+    """Clips of one to four commands: dicts wave, seconds, answer, frames (T, D)."""
+    commands, clips = read_clips(str(ASSETS / "quickstart" / "test.jsonl")), []
+    for i in range(count):
+        said = commands[i % 80:i % 80 + 1 + i % 4]
+        wave = np.concatenate([load_audio(command["audio"]) for command in said])
+        clips.append({"wave": wave, "seconds": len(wave) / SAMPLE_RATE,
+                      "frames": model.encoder([wave])[0][0],
+                      "answer": model.tokenize(" ".join(command["text"] for command in said))})
+    return clips
 
+def naive_loss(model, clips):
+    """As a first attempt would have it: 30 s of padding, frames not kept, logits everywhere."""
+    padded = [np.pad(clip["wave"], (0, 30 * SAMPLE_RATE - len(clip["wave"]))) for clip in clips]
+    rows = [(prompt, clip["answer"] + [model.end]) for prompt, clip in
+            zip(model.embed_prompt(*model.projector(*model.encoder(padded))), clips)]
+    x = pad_sequence([torch.cat([prompt, model.embed_ids(ids)]) for prompt, ids in rows], True)
+    labels = [torch.tensor([-100] * len(prompt) + ids) for prompt, ids in rows]
+    labels = pad_sequence(labels, True, padding_value=-100).to(model.device)
+    return model.decoder(inputs_embeds=x, labels=labels, num_items_in_batch=1).loss
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ASSETS / "default"), help="folder of a checkpoint")
-    parser.add_argument("--clips", type=int, default=32, help="to train on and to decode")
-    parser.add_argument("--seconds", type=float, default=8, help="to spend on a figure")
-    parser.add_argument("--plot", metavar="PNG", help="draw them, too")
-    parser.add_argument("--device", help="cuda, mps or cpu; by default the best there is")
-    args, rows = parser.parse_args(), {}
+def train_epoch(model, batches, phase, naive=False):
+    """Forward and backward over the batches, without a step. Returns the loss per token."""
+    total, dtype = 0.0, model.embed.weight.dtype
+    for clips in batches:
+        lengths = torch.tensor([len(clip["frames"]) for clip in clips], device=model.device)
+        frames, answers = pad_sequence([clip["frames"] for clip in clips], True), [
+            clip["answer"] for clip in clips]
+        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+            loss = naive_loss(model, clips) if naive else model.loss(
+                frames, lengths, answers, phase == 1, phase == 2)[0]
+        loss.backward()
+        model.zero_grad()
+        total += loss.item()
+    return total / sum(len(clip["answer"]) + 1 for clips in batches for clip in clips)
 
-    def row(part, what, seconds, elapsed, note="", base=None):
-        """Keep and print how many seconds of sound take a second, and how many times as many that is as in the line `base`."""
-        speed = rows.setdefault(part, {})[what] = seconds / elapsed
-        print(f"| {part} | {what} | {speed:.1f} | {f'{speed / rows[part][base]:.2f}' if base else ''} | {note} |", flush=True)
-
-    decoding = TinyAudio.load(args.model, args.device)  # with its low-rank update merged
-    model = TinyAudio(**json.loads((Path(args.model) / "config.json").read_text()), device=args.device).train()
-    model.load_trained(args.model)
+def measure(args):
+    """Print a table of training and decoding speeds."""
+    decoding = TinyAudio.from_pretrained(args.model, args.device)
+    model = TinyAudio.from_pretrained(args.model, args.device, merge=False).train()
     if model.device.type == "cpu":
         model.decoder.set_attn_implementation("eager")  # as train.py does
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
-    clips, peak = make_clips(model, args.clips), decoder_flops(model)
-    waves, answers, lengths = zip(*[(clip["wave"], clip["answer"], len(clip["wave frames"])) for clip in clips])
-    seconds = [len(wave) / SAMPLE_RATE for wave in waves]
-    print(f"{args.model}, {len(clips)} clips, {sum(seconds):.0f} s, {model.embed.weight.dtype}, {model.device}: {peak / 1e12:.3f} TFLOP/s at the "
-          f"decoder's shapes, {matmul_flops(model.device, model.embed.weight.dtype) / 1e12:.3f} at 2048 x 2048\n\n"
-          "| | | x real time | ratio | |\n|---|---|---|---|---|")
-
-    ten = [np.resize(wave, 10 * SAMPLE_RATE) for wave in waves[:8]]
-    elapsed, _ = measure(lambda: model.encoder(ten)[0].sum().item(), args.seconds)
-    need = 2 * model.encoder.frame_rate * sum(p.numel() for p in model.encoder.parameters())
-    row("encoder", "clips of 10 s", 10 * len(ten), elapsed, f"limit {peak / need:.0f}")
-
-    buckets = [[clips[i] for i in batch] for batch in make_batches(seconds, 30)]
-    size = -(-len(clips) // len(buckets))
-    fixed = [clips[i:i + size] for i in range(0, len(clips), size)]
+    dtype, speeds, clips = model.embed.weight.dtype, {}, make_clips(model, args.clips)
+    seconds, peak = [clip["seconds"] for clip in clips], matmul_flops(model.device, dtype)
+    print(f"{len(clips)} clips, {sum(seconds):.0f} s, {dtype}, {model.device}, {peak / 1e12:.3f} "
+          "TFLOP/s\n\n| | x real time | loss | MFU |\n|---|---|---|---|")
     for layer in model.decoder.base_model.layers:
         layer.compile(dynamic=True)
-    for phase, what, batches, how in [
-            (1, "all tricks", buckets, {}), (2, "all tricks", buckets, {}), (2, "no --compile", buckets, {}),
-            (2, "30 s padding", buckets, {"kind": "padded frames"}), (2, "logits everywhere", buckets, {"everywhere": True}),
-            (2, "no length buckets", fixed, {}), (2, "frames not kept", buckets, {"kind": "wave"}),
-            (2, "one clip at a time", [[clip] for clip in clips], {}), (2, "naive: without any", fixed, {"kind": "padded", "everywhere": True})]:
-        with torch.compiler.set_stance("force_eager" if "compile" in what or "naive" in what else "default"):
-            elapsed, loss = measure(lambda: train_epoch(model, optimizer, batches, phase, **how), args.seconds)
-        mfu = model_flops(model, lengths, answers, phase == 1, phase == 2, True) / elapsed / peak
-        row(f"phase {phase}", what, sum(seconds), elapsed, f"loss {loss:.3f}, MFU {mfu:.0%}", "all tricks")
+    buckets = [[clips[i] for i in batch] for batch in make_batches(seconds, 30)]
+    mixed = [clips[i::len(buckets)] for i in range(len(buckets))]
+    for name, phase, batches in [("phase 1", 1, buckets), ("phase 2, --compile", 2, buckets),
+                                 ("phase 2", 2, buckets), ("phase 2, naive", 2, mixed)]:
+        with torch.compiler.set_stance("default" if "--compile" in name else "force_eager"):
+            elapsed, loss = median_time(lambda: train_epoch(model, batches, phase, "naive" in name))
+        mfu = model_flops(model, clips, phase == 1, phase == 2) / elapsed / peak
+        speeds[name] = sum(seconds) / elapsed
+        print(f"| {name} | {speeds[name]:.1f} | {loss:.3f} | {mfu:.0%} |", flush=True)
+    waves = sorted((clip["wave"] for clip in clips), key=len)
+    for size, how in itertools.product(args.batch, ("greedy", "joint")):
+        batches = [waves[i:i + size] for i in range(0, len(waves), size)]
+        elapsed, _ = median_time(lambda: [decoding.decode(*decoding.encode(batch), how)
+                                          for batch in batches])
+        print(f"| {how}, batch {size} | {sum(seconds) / elapsed:.1f} | | |", flush=True)
+    print(f"\nphase 2: {speeds['phase 2, --compile'] / speeds['phase 2, naive']:.1f}x naive")
 
-    for length, count in [(2, 1), (5, 1), (10, 1), (20, 1), (30, 1), (60, 1), (10, 2), (10, 4), (10, 8), (10, 16), (10, 32)]:
-        frames = model.encoder([np.resize(waves[0], min(length, 30) * SAMPLE_RATE)])[0][0]
-        batch = [{"wave frames": frames.repeat(-(-length // 30), 1), "answer": (answers[0] * 30)[:3 * length]}] * count
-        reset_peak(model.device)
-        elapsed, _ = measure(lambda: train_epoch(model, optimizer, [batch]), args.seconds)
-        row("a step of phase 2", f"{count} x {length} s", count * length, elapsed, f"{elapsed:.2f} s, {peak_memory(model.device):.2f} GB")
-
-    for size in (1, 4, 16):
-        batches = [sorted(waves, key=len)[i:i + size] for i in range(0, len(waves), size)]
-        for way, decode in WAYS.items():
-            elapsed, found = measure(lambda: [ids for batch in batches for ids in decode(decoding, *decoding.listen(batch))], args.seconds)
-            first = found if size == 1 and way == next(iter(WAYS)) else first
-            row("decoding", f"batch {size}, {way}", sum(seconds), elapsed, f"{sum(map(list.__eq__, found, first))} of {len(waves)} texts equal",
-                f"batch 1, {next(iter(WAYS))}")
-
-    Path("bench.json").write_text(json.dumps(rows, indent=2) + "\n")
-    if args.plot:
-        import matplotlib.pyplot as plt
-        names, speeds = zip(*[(f"{part}, {what}", speed) for part in rows for what, speed in rows[part].items()][::-1])
-        plt.figure(figsize=(7, 0.2 * len(names))).gca().set(xscale="log", xlabel="seconds of sound a second")
-        plt.barh(names, speeds, color="0.4")
-        plt.savefig(args.plot, bbox_inches="tight", dpi=70)
-
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default=str(ASSETS / "default"), help="folder of a checkpoint")
+    add("--clips", type=int, default=32, help="to train on and to decode")
+    add("--batch", type=int, nargs="+", default=[1, 4, 16], help="clips decoded at once")
+    add("--plan", action="store_true", help="calculate a run, with the flags below")
+    add("--encoder", default="hubert")
+    add("--decoder", default="qwen3-8b")
+    add("--hours", type=float, default=2000, help="of sound")
+    add("--batch-seconds", type=float, default=120)
+    add("--device", help="cuda, mps or cpu; default: the best that is here")
+    args = parser.parse_args(argv)
+    return plan(args) if args.plan else measure(args)
 
 if __name__ == "__main__":
     try:

@@ -1,336 +1,228 @@
 """Word error rate (WER) of a checkpoint, on a benchmark or on your own files.
 
     python eval.py assets/default --dataset assets/quickstart/test.jsonl
-    python eval.py out/mine --dataset loquacious --config medium --split test --max-samples 100
-    python eval.py openai/whisper-base --dataset my.jsonl         a baseline: Whisper with its own decoder
+    python eval.py out --dataset loquacious --max-samples 100
+    python eval.py openai/whisper-base --dataset my.jsonl      any recogniser of transformers
     python eval.py --compare outputs/a/results.jsonl outputs/b/results.jsonl
 
-Results go to outputs/eval_<dataset>_<model>/: results.txt, results.jsonl (a row per clip) and summary.json. An interrupted
-run keeps what it has; the same command with --resume goes on.
+Writes outputs/eval_<dataset>_<model>/: results.txt, results.jsonl (a row for each clip) and
+summary.json. The same command with --resume goes on after an interruption.
 """
-
 import argparse
+import datetime
 import json
-import math
 import random
 import re
 import subprocess
 import sys
 import time
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import huggingface_hub
 import jiwer
 import numpy as np
-from tqdm import tqdm
+import transformers
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from tinyaudio import (DECODINGS, SAMPLE_RATE, InputError, TinyAudio, clean_text, first_line, from_hub, load_audio, make_batches,
-                       placement, read_clips, read_whole_rows, split_audio, write_whole)
+from data import (SAMPLE_RATE, InputError, finished_rows, first_line, is_hub_id, load_audio,
+                  make_batches, open_stream, read_clips, stream_clips, write_file)
+from tinyaudio import DECODINGS, TinyAudio, fetch
 
-ESB = "hf-audio/esb-datasets-test-only-sorted"  # the test sets of the Open ASR Leaderboard
-BENCHMARKS = {  # name -> hub id, config, split, audio column, text column
-    "loquacious": ("speechbrain/LoquaciousSet", "medium", "test", "wav", "text"),
-    "librispeech": (ESB, "librispeech", "test.clean", "audio", "text"),
-    "ami": (ESB, "ami", "test", "audio", "text"),
-    "earnings22": (ESB, "earnings22", "test", "audio", "text"),
-    "gigaspeech": (ESB, "gigaspeech", "test", "audio", "text"),
-    "spgispeech": (ESB, "spgispeech", "test", "audio", "text"),
-    "tedlium": (ESB, "tedlium", "test", "audio", "text"),
-    "voxpopuli": (ESB, "voxpopuli", "test", "audio", "text"),
-    "commonvoice": (ESB, "common_voice", "test", "audio", "text"),
+ASR = "hf-audio/esb-datasets-test-only-sorted"  # the test sets of the Open ASR Leaderboard
+BENCHMARKS = {  # name -> hub id, config, split
+    "loquacious": ("speechbrain/LoquaciousSet", "medium", "test"),
+    "librispeech": (ASR, "librispeech", "test.clean"),
+    "commonvoice": (ASR, "common_voice", "test"),
+    **{name: (ASR, name, "test") for name in
+       ("ami", "earnings22", "gigaspeech", "spgispeech", "tedlium", "voxpopuli")},
 }
-NORMALIZERS = {"english": EnglishTextNormalizer(), "basic": BasicTextNormalizer(), "none": lambda text: " ".join(text.split())}
-DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
-IGNORED = "ignore time segment in scoring"  # how TED-LIUM marks what was not transcribed
-
-
-# ---------------------------------------------------------------------------------------------------------- scoring
-
-
-def corpus_wer(references, hypotheses, normalizer="english"):
-    """Errors by reference words over all clips, a fraction. Clips whose normalised reference is empty are left out."""
-    rows = [score(*pair, normalizer) for pair in zip(references, hypotheses)]
-    return ratio(rows, "errors", "words")
-
+NORMALIZERS = {"english": EnglishTextNormalizer(), "basic": BasicTextNormalizer(),
+               "none": lambda text: " ".join(text.split())}
+SHUFFLED = 1000  # clips of a stream among which --max-samples draws
+COUNTS = ("errors", "words", "substitutions", "deletions", "insertions")
 
 def score(reference, hypothesis, normalizer="english"):
-    """Counts of one clip: words, characters, substitutions, deletions, insertions, errors, character errors."""
-    ignored = reference.replace("_", " ").lower().strip() == IGNORED
-    reference, hypothesis = NORMALIZERS[normalizer](reference), NORMALIZERS[normalizer](hypothesis)
+    """Counts of one clip; zeros for an empty reference, or one that TED-LIUM does not score."""
+    ignored = reference.replace("_", " ").lower().strip() == "ignore time segment in scoring"
+    reference, hypothesis = map(NORMALIZERS[normalizer], (reference, hypothesis))
     if ignored or not reference:
-        return dict.fromkeys(("words", "characters", "substitutions", "deletions", "insertions", "errors", "character_errors"), 0)
-    words, characters = jiwer.process_words(reference, hypothesis), jiwer.process_characters(reference, hypothesis)
-    return {"words": len(reference.split()), "characters": len(reference),
-            "substitutions": words.substitutions, "deletions": words.deletions, "insertions": words.insertions,
-            "errors": words.substitutions + words.deletions + words.insertions,
-            "character_errors": characters.substitutions + characters.deletions + characters.insertions}
+        return dict.fromkeys(COUNTS, 0)
+    found = jiwer.process_words(reference, hypothesis)
+    errors = found.substitutions, found.deletions, found.insertions
+    return dict(zip(COUNTS, (sum(errors), len(reference.split()), *errors)))
 
+def wer(rows):
+    """Errors by reference words over all rows, a fraction; NaN without words."""
+    return sum(row["errors"] for row in rows) / (sum(row["words"] for row in rows) or np.nan)
 
-def ratio(rows, errors, total):
-    """Sum of one count by the sum of another; NaN where there is nothing to count."""
-    denominator = sum(row[total] for row in rows)
-    return sum(row[errors] for row in rows) / denominator if denominator else float("nan")
+def corpus_wer(references, hypotheses):
+    """WER of lists of texts, after Whisper's English normaliser."""
+    return wer([score(*pair) for pair in zip(references, hypotheses)])
 
-
-def bootstrap(rows, statistic, draws=1000):
-    """95 % interval of a statistic over clips drawn with replacement (Bisani and Ney 2004)."""
-    rng = np.random.default_rng(0)
-    values = [statistic([rows[i] for i in rng.integers(len(rows), size=len(rows))]) for _ in range(draws)]
+def interval(rows, statistic=wer):
+    """95 % interval over 1000 draws of clips with replacement (Bisani and Ney 2004)."""
+    draws = np.random.default_rng(0).integers(len(rows), size=(1000, len(rows)))
+    values = [statistic([rows[i] for i in draw]) for draw in draws]
     return np.percentile(values, [2.5, 97.5]).tolist()
 
-
-def marked(reference, hypothesis, normalizer="english"):
-    """The reference with the errors marked in place: there -> [sub: there->their], [del: word], [ins: word]."""
-    out = jiwer.process_words(NORMALIZERS[normalizer](reference), NORMALIZERS[normalizer](hypothesis))
-    words = []
-    for chunk in out.alignments[0]:
-        said = out.references[0][chunk.ref_start_idx:chunk.ref_end_idx]
-        heard = out.hypotheses[0][chunk.hyp_start_idx:chunk.hyp_end_idx]
-        words += {"equal": lambda: said, "delete": lambda: [f"[del: {word}]" for word in said],
-                  "insert": lambda: [f"[ins: {word}]" for word in heard],
-                  "substitute": lambda: [f"[sub: {a}->{b}]" for a, b in zip(said, heard)]}[chunk.type]()
-    return " ".join(words)
-
-
-# ------------------------------------------------------------------------------------------------------------- data
-
-
 def read_samples(args):
-    """The clips to score, dicts of name, audio (path or bytes) and text, and the name of the set for the output folder."""
-    asked = (args.config, args.split, args.audio_column, args.text_column)
+    """The clips to score, and the name of their set for the output folder."""
     if args.dataset in BENCHMARKS or is_hub_id(args.dataset):
-        hub_id, *defaults = BENCHMARKS.get(args.dataset, (args.dataset, None, "test", "audio", "text"))
-        config, split, *columns = (a or b for a, b in zip(asked, defaults))
-        rows = open_stream(hub_id, config, split, *columns)
-        clips = from_hub(lambda source: draw_clips(rows, source, args.max_samples, args.seed), hub_id)
-        return clips, "-".join(filter(None, [args.dataset.replace("/", "-"), config, split]))
-    if any(asked):
-        raise InputError("--config, --split, --audio-column and --text-column are for benchmarks and hub ids, not for files")
+        hub_id, config, split = BENCHMARKS.get(args.dataset, (args.dataset, None, "test"))
+        config, split = args.config or config, args.split or split
+        rows = open_stream(hub_id, config, split)
+        if args.max_samples:
+            rows = rows.shuffle(args.seed, buffer_size=SHUFFLED).take(args.max_samples)
+        name = "-".join(filter(None, [args.dataset.replace("/", "-"), config, split]))
+        return list(stream_clips(rows, hub_id)), name
+    if args.config or args.split:
+        raise InputError("--config and --split are for sets of the Hub, not for files")
     clips = read_clips(args.dataset)
     random.Random(args.seed).shuffle(clips)
-    return clips[:args.max_samples], re.sub(r"\W+", "-", Path(args.dataset).with_suffix("").as_posix()).strip("-")
+    name = re.sub(r"\W+", "-", str(Path(args.dataset).with_suffix(""))).strip("-")
+    return clips[:args.max_samples], name
 
-
-def is_hub_id(name):
-    """Whether a name is that of something on the Hugging Face Hub, owner/name, and no file or folder here."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists() and Path(name).suffix not in DATA_SUFFIXES
-
-
-def open_stream(hub_id, config, split, audio_column, text_column):
-    """A dataset on the Hub as a `datasets.IterableDataset` of rows audio (bytes, path) and text; the audio is encoded as it was."""
-    from datasets import load_dataset
-
-    data = from_hub(lambda source: load_dataset(source, config, split=split, streaming=True), hub_id)
-    columns = data.column_names or list(next(iter(data)))
-    for column in (audio_column, text_column):
-        if column not in columns:
-            raise InputError(f"{hub_id} has no column {column}, but {', '.join(columns)}: --audio-column, --text-column")
-    data = data.cast_column(audio_column, encoded_audio()).select_columns([audio_column, text_column])
-    return data.rename_columns({name: new for name, new in ((audio_column, "audio"), (text_column, "text")) if name != new})
-
-
-def encoded_audio():
-    """The type of a column of encoded audio. `Audio(decode=False)` holds the same, but wants torchcodec as soon as a column is renamed or a stream shuffled."""
-    from datasets import Value
-
-    return {"bytes": Value("binary"), "path": Value("string")}
-
-
-def draw_clips(rows, name, max_samples, seed):
-    """Random clips of a stream of rows, each equally likely, by reservoir sampling over the whole of it; all if max_samples is None."""
-    rng, clips = random.Random(seed), []
-    for number, row in enumerate(rows):
-        place = number if len(clips) < (max_samples or math.inf) else rng.randrange(number + 1)
-        if place < (max_samples or math.inf):
-            audio = row["audio"] or {}
-            clips[place:place + 1] = [{"name": f"{name}#{number}", "audio": audio.get("bytes") or audio.get("path"),
-                                       "text": clean_text(row["text"] or "")}]
-    rng.shuffle(clips)
-    return clips
-
-
-# ------------------------------------------------------------------------------------------------------ recognisers
-
-
-def load_recognizer(name, decode, device, batch_seconds):
-    """A function from waves to texts; and its encoder, decoder and number of trained parameters."""
-    folder = Path(name)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        folder = Path(from_hub(snapshot_download, name, allow_patterns=["config.json"]))
+def load_recognizer(name, decode, device):
+    """A function from waves to texts; and its encoder, decoder and trained parameters."""
+    local = Path(name).is_dir()
+    file = name + "/config.json" if local else fetch(huggingface_hub.hf_hub_download, name,
+                                                     filename="config.json")
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{name} is no checkpoint: {first_line(error)}") from None
-    if config.get("model_type") == "whisper":
-        return whisper_recognizer(name, device), ("its own", "its own", 0)
-    model = TinyAudio.load(name, device)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return lambda waves: model.transcribe(waves, decode, batch_seconds=batch_seconds), (*model.names.values(), trained)
+    if "model_type" not in config:
+        model = TinyAudio.from_pretrained(name, device)
+        facts = config["encoder"], config["decoder"], f"{model.trained_size / 1e6:.1f}M"
+        return lambda waves: model.transcribe(waves, decode), facts
+    pipe = fetch(lambda source: transformers.pipeline("automatic-speech-recognition", source,
+                                                      device=device), name)
+    options = {}
+    if config["model_type"] == "whisper":
+        options = {"return_timestamps": True, "generate_kwargs": {"num_beams": 1}}
+        if getattr(pipe.model.generation_config, "is_multilingual", False):
+            options["generate_kwargs"] |= {"language": "en", "task": "transcribe"}
+    return lambda waves: [result["text"] for result in pipe(
+        [{"raw": wave, "sampling_rate": SAMPLE_RATE} for wave in waves], **options)], (name, "-", "-")
 
-
-def whisper_recognizer(name, device):
-    """Whisper with its own decoder, greedy, in English, without timestamps and without fallbacks."""
-    from transformers import AutoFeatureExtractor, AutoTokenizer, WhisperForConditionalGeneration
-
-    device, dtype = placement(device)
-    model = from_hub(WhisperForConditionalGeneration.from_pretrained, name, dtype=dtype).to(device).eval()
-    extractor, tokenizer = from_hub(AutoFeatureExtractor.from_pretrained, name), from_hub(AutoTokenizer.from_pretrained, name)
-    language = {"language": "en", "task": "transcribe"} if model.generation_config.is_multilingual else {}
-
-    def transcribe(waves):
-        pieces = [[piece for _, piece in split_audio([wave])] for wave in waves]
-        mel = extractor(sum(pieces, []), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features.to(device, dtype)
-        ids = model.generate(mel, do_sample=False, num_beams=1, max_new_tokens=440, **language)
-        texts = iter(tokenizer.batch_decode(ids, skip_special_tokens=True))
-        return [" ".join(next(texts).strip() for _ in clip) for clip in pieces]
-
-    return transcribe
-
-
-# ------------------------------------------------------------------------------------------------------------- main
-
-
-def recognize(clips, recognizer, batch_seconds):
-    """Rows (hypothesis, seconds, time, failed) of some clips, in their order; a clip that fails has no hypothesis."""
-    rows = [{"hypothesis": "", "seconds": 0.0, "time": 0.0, "failed": None} for _ in clips]
-    waves = {}
-    for i, clip in enumerate(clips):
+def recognize(clips, recognizer):
+    """Rows (hypothesis, seconds, time, failed) of clips, in their order."""
+    rows, waves = [], []
+    for clip in clips:
+        rows.append({"hypothesis": "", "seconds": 0.0, "time": 0.0, "failed": None})
         try:
-            waves[i] = load_audio(clip["audio"])
-            rows[i]["seconds"] = len(waves[i]) / SAMPLE_RATE
+            waves.append(load_audio(clip["audio"]))
+            rows[-1]["seconds"] = len(waves[-1]) / SAMPLE_RATE
         except InputError as error:
-            rows[i]["failed"] = str(error)
-    heard = list(waves)
-    for batch in make_batches([rows[i]["seconds"] for i in heard], batch_seconds):
-        batch = [heard[i] for i in batch]
+            waves.append(None)
+            rows[-1]["failed"] = str(error)
+    good = [i for i, wave in enumerate(waves) if wave is not None]
+    for batch in make_batches([rows[i]["seconds"] for i in good], 120):
+        batch = [good[i] for i in batch]
         start = time.perf_counter()
-        try:
-            texts = recognizer([waves[i] for i in batch])
-        except InputError as error:
-            for i in batch:
-                rows[i]["failed"] = str(error)
-            continue
-        taken, seconds = time.perf_counter() - start, sum(rows[i]["seconds"] for i in batch)
-        for i, text in zip(batch, texts):  # a clip's share of the batch's time
-            rows[i].update(hypothesis=text, time=taken * rows[i]["seconds"] / seconds)
+        texts = recognizer([waves[i] for i in batch])
+        rate = (time.perf_counter() - start) / sum(rows[i]["seconds"] for i in batch)
+        for i, text in zip(batch, texts):  # each clip has its share of the batch's time
+            rows[i].update(hypothesis=text, time=rate * rows[i]["seconds"])
     return rows
-
-
-def summarize(rows, wall):
-    """All figures of a set of result rows; `wall` is the time in seconds with loading and decoding of files."""
-    wer = ratio(rows, "errors", "words")
-    seconds = sum(row["seconds"] for row in rows)
-    return {"samples": len(rows), "wer": wer, "interval": bootstrap(rows, lambda drawn: ratio(drawn, "errors", "words")),
-            "cer": ratio(rows, "character_errors", "characters"),
-            **{name: sum(row[name] for row in rows) for name in ("words", "substitutions", "deletions", "insertions")},
-            "left_out": sum(not row["words"] for row in rows), "failed": sum(bool(row["failed"]) for row in rows),
-            "seconds": seconds, "rtfx": seconds / max(1e-9, sum(row["time"] for row in rows)), "rtfx_with_loading": seconds / wall}
-
 
 def compare(first, second):
     """Print the paired difference in WER of two results.jsonl over the clips that both have."""
     try:
-        a, b = ({row["name"]: row for row in map(json.loads, Path(file).read_text().splitlines())} for file in (first, second))
-        pairs = [(a[name], b[name]) for name in a if name in b and a[name]["words"]]
-        assert pairs
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise InputError(f"{first}, {second}: no results of the same clips ({first_line(error)})") from None
+        a, b = ({row["name"]: row for row in finished_rows(file)} for file in (first, second))
+        pairs = [(a[name], b[name]) for name in a.keys() & b.keys()]
+        a, b = zip(*pairs)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{first} and {second} have no common clips: {first_line(error)}") from None
+    def difference(pairs):
+        return wer([pair[1] for pair in pairs]) - wer([pair[0] for pair in pairs])
+    low, high = interval(pairs, difference)
+    print(f"A {first}, WER {wer(a):.2%}\nB {second}, WER {wer(b):.2%}\n{len(pairs)} clips in both: "
+          f"B - A {difference(pairs):+.2%} (95 % {low:+.2%} to {high:+.2%})")
 
-    def difference(drawn):
-        return ratio([pair[1] for pair in drawn], "errors", "words") - ratio([pair[0] for pair in drawn], "errors", "words")
-
-    low, high = bootstrap(pairs, difference)
-    right = [(not x["errors"], not y["errors"]) for x, y in pairs]
-    print(f"A {first}\nB {second}\n{len(pairs)} clips in both: WER A {ratio([p[0] for p in pairs], 'errors', 'words'):.2%}, "
-          f"B {ratio([p[1] for p in pairs], 'errors', 'words'):.2%}, B - A {difference(pairs):+.2%} (95 % {low:+.2%} to {high:+.2%})\n"
-          f"right in A only: {right.count((True, False))}, in B only: {right.count((False, True))}, "
-          f"in both: {right.count((True, True))}, in neither: {right.count((False, False))}")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", nargs="?", help="folder or hub id of a trained model, or of a Whisper with its own decoder")
-    add("--dataset", help=f"{', '.join(BENCHMARKS)}, a hub id, or .jsonl, .csv, .tsv, .parquet files (globs) or a folder")
-    add("--config", help="of a dataset on the Hub")
-    add("--split", help="of a dataset on the Hub")
-    add("--audio-column", help="of a dataset on the Hub")
-    add("--text-column", help="of a dataset on the Hub")
-    add("--max-samples", type=int, help="score this many random clips instead of all")
-    add("--seed", type=int, default=0, help="of the random choice of clips")
-    add("--normalizer", choices=NORMALIZERS, default="english", help="Whisper's, of English or of any language, or none")
-    add("--decode", choices=DECODINGS, help="by default what the checkpoint does best")
-    add("--batch-seconds", type=float, default=120, help="seconds of audio decoded at once")
-    add("--out", help="by default outputs/eval_<dataset>_<model>")
+    add("checkpoint", nargs="?", help="folder or hub id of a trained model or another recogniser")
+    add("--dataset", help=f"{', '.join(BENCHMARKS)}, a hub id, your files or a folder")
+    add("--config", help="of a set of the Hub")
+    add("--split", help="of a set of the Hub")
+    add("--max-samples", type=int, help=f"random clips; of a set of the Hub, among {SHUFFLED}")
+    add("--seed", type=int, default=0, help="of the random choice")
+    add("--normalizer", choices=NORMALIZERS, default="english", help="Whisper's, or none")
+    add("--decode", choices=DECODINGS, help="default: the best one of the training")
+    add("--out", help="default: outputs/eval_<dataset>_<model>")
     add("--resume", action="store_true", help="go on with an interrupted run")
-    add("--worst", type=int, default=0, metavar="N", help="list the worst clips with their errors marked")
+    add("--worst", type=int, default=0, metavar="N", help="show the N worst clips word by word")
     add("--leaderboard", metavar="NAME", help="print a row for the README's leaderboard")
     add("--compare", nargs=2, metavar="RESULTS", help="paired difference of two results.jsonl")
-    add("--device", help="cuda, mps or cpu; by default the best there is")
-    args = parser.parse_args()
+    add("--device", help="cuda, mps or cpu; default: the best that is here")
+    args = parser.parse_args(argv)
+    if not args.compare and not (args.checkpoint and args.dataset):
+        parser.error("a checkpoint and --dataset are needed")
+    return args
+
+def main(argv=None):
+    args = parse_args(argv)
     if args.compare:
         return compare(*args.compare)
-    if not args.checkpoint or not args.dataset:
-        parser.error("a checkpoint and --dataset are needed")
-
     clips, dataset = read_samples(args)
-    out = Path(args.out or f"outputs/eval_{dataset}_{re.sub(r'[^A-Za-z0-9.]+', '-', args.checkpoint).strip('-')}")
-    rows_file = out / "results.jsonl"
-    rows = read_whole_rows(rows_file) if args.resume and rows_file.exists() else []
-    asked = {"checkpoint": args.checkpoint, "decode": args.decode}
-    if rows and [{**asked, "name": clip["name"], "reference": clip["text"]} for clip in clips[:len(rows)]] != [
-            {key: row.get(key) for key in (*asked, "name", "reference")} for row in rows]:
-        raise InputError(f"{rows_file} holds results of other clips, of another checkpoint or --decode: run without --resume")
-    rows = [{**row, **score(row["reference"], row["hypothesis"], args.normalizer)} for row in rows]
-    start, before = time.perf_counter(), sum(row["wall"] for row in rows)
-    recognizer, (encoder, decoder, trained) = load_recognizer(args.checkpoint, args.decode, args.device, args.batch_seconds)
+    model_name = re.sub(r"[^A-Za-z0-9.]+", "-", args.checkpoint).strip("-")
+    out = Path(args.out or f"outputs/eval_{dataset}_{model_name}")
+    results, normalize = out / "results.jsonl", NORMALIZERS[args.normalizer]
+    rows = finished_rows(results) if args.resume and results.exists() else []
+    asked = {"checkpoint": args.checkpoint, "decode": args.decode, "normalizer": args.normalizer}
+    wanted = [{**asked, "name": clip["name"], "reference": clip["text"]} for clip in clips]
+    if any({**row, **want} != row for row, want in zip(rows, wanted)):
+        raise InputError(f"{results} is of other clips or flags: run without --resume")
+    recognizer, facts = load_recognizer(args.checkpoint, args.decode, args.device)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(rows_file, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows)))
-
-    progress = tqdm(total=len(clips), initial=len(rows), unit="clip")
+    write_file(results, "".join(json.dumps(row) + "\n" for row in rows))
     while len(rows) < len(clips):
-        chunk = clips[len(rows):len(rows) + 20 - len(rows) % 20]  # what an interruption can lose
-        began = time.perf_counter()
-        results = recognize(chunk, recognizer, args.batch_seconds)
-        wall = (time.perf_counter() - began) / len(chunk)
-        for clip, result in zip(chunk, results):
-            row = {"name": clip["name"], "reference": clip["text"], **asked, **result, "wall": wall,
-                   **score(clip["text"], result["hypothesis"], args.normalizer)}
-            rows.append(row)
-            tqdm.write(f"Sample {len(rows)}: WER = {ratio([row], 'errors', 'words'):.2%}, Time = {row['time']:.2f}s\n"
-                       f"  Ref:  {row['reference']}\n  Pred: {row['hypothesis']}" + (f"\n  FAILED: {row['failed']}" if row["failed"] else ""))
-        with open(rows_file, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows[-len(chunk):])
-        progress.update(len(chunk))
+        chunk = slice(len(rows), len(rows) + 20 - len(rows) % 20)  # what a crash can lose
+        for want, found in zip(wanted[chunk], recognize(clips[chunk], recognizer)):
+            text = found["hypothesis"]
+            rows.append({**want, **found, **score(want["reference"], text, args.normalizer)})
+            print(f"Sample {len(rows)}: WER = {wer(rows[-1:]):.2%}, Time = {found['time']:.2f}s\n"
+                  f"  Ref:  {want['reference']}\n  Pred: {found['failed'] or text}")
+        with open(results, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows[chunk])
         if len(rows) % 100 == 0 or len(rows) == len(clips):
-            tqdm.write(f"CHECKPOINT @ {len(rows)} samples: WER = {ratio(rows, 'errors', 'words'):.2%}, "
-                       f"average time = {sum(row['time'] for row in rows) / len(rows):.2f}s")
-    progress.close()
-
-    summary = summarize(rows, before + time.perf_counter() - start)
-    scorer = f"jiwer {version('jiwer')}, whisper-normalizer {version('whisper-normalizer')} ({args.normalizer})"
-    header = ("{checkpoint} on {dataset}: {samples} samples (seed {seed}, {left_out} left out for an empty reference, {failed} failed), "
-              "{seconds:.0f} s of audio\nWER {wer:.2%} (95 % {low:.2%} to {high:.2%}), {substitutions} substitutions, {deletions} deletions, "
-              "{insertions} insertions in {words} words, CER {cer:.2%}\nRTFx {rtfx:.1f}, with loading {rtfx_with_loading:.1f}; {scorer}").format(
-                  checkpoint=args.checkpoint, dataset=dataset, seed=args.seed, low=summary["interval"][0],
-                  high=summary["interval"][1], scorer=scorer, **summary)
+            average = sum(row["time"] for row in rows) / len(rows)
+            print(f"CHECKPOINT @ {len(rows)} samples:\n  Corpus WER: {wer(rows):.2%}\n"
+                  f"  Avg Time/Sample: {average:.2f}s", flush=True)
+    if not any(row["words"] and not row["failed"] for row in rows):
+        raise InputError(f"no clip of {args.dataset} could be scored")
+    totals = {key: sum(row[key] for row in rows) for key in (*COUNTS, "seconds", "time")}
+    low, high = interval(rows)
+    summary = {**vars(args), **totals, "wer": wer(rows), "low": low, "high": high,
+               "samples": len(rows), "rtfx": totals["seconds"] / totals["time"],
+               "failed": sum(bool(row["failed"]) for row in rows),
+               "unscored": sum(not row["words"] for row in rows),
+               "scorer": f"jiwer {version('jiwer')}, whisper-normalizer "
+                         f"{version('whisper-normalizer')} ({args.normalizer})"}
+    header = ("{checkpoint} on {dataset}: {samples} samples (seed {seed}), {failed} failed, "
+              "{unscored} without reference, {seconds:.0f} s\nWER {wer:.2%} (95 % {low:.2%} to "
+              "{high:.2%}): {substitutions} substitutions, {deletions} deletions, {insertions} "
+              "insertions in {words} words\nRTFx {rtfx:.1f}; {scorer}").format(**summary)
     print(header)
-    predictions = "".join(f"\n{row['name']}\nRef:  {row['reference']}\nPred: {row['hypothesis']}\n" for row in rows)
-    write_whole(out / "results.txt", lambda path: path.write_text(header + "\n" + predictions, "utf-8", "surrogateescape"))
-    write_whole(out / "summary.json", lambda path: path.write_text(
-        json.dumps({**vars(args), "scorer": scorer, "encoder": encoder, "decoder": decoder, "trained": trained, **summary}, indent=2)))
-    for row in sorted(rows, key=lambda row: -row["errors"] / max(1, row["words"]))[:args.worst]:
-        print(f"{ratio([row], 'errors', 'words'):.0%}  {row['name']}\n    {marked(row['reference'], row['hypothesis'], args.normalizer)}")
+    write_file(out / "results.txt", header + "\n" + "".join(
+        f"\n{row['name']}\nRef:  {row['reference']}\nPred: {row['hypothesis']}\n" for row in rows))
+    write_file(out / "summary.json", json.dumps(summary, indent=2))
+    scored = [row for row in rows if row["words"]]
+    for row in sorted(scored, key=lambda row: -row["errors"] / row["words"])[:args.worst]:
+        words = jiwer.process_words(normalize(row["reference"]), normalize(row["hypothesis"]))
+        print(f"\n{row['name']}, WER {wer([row]):.0%}\n"
+              + jiwer.visualize_alignment(words, show_measures=False, skip_correct=False))
     if args.leaderboard:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-        low, high = summary["interval"]
-        print(f"| {args.leaderboard} | {encoder} | {decoder} | {trained / 1e6:.1f}M | {dataset} | {len(rows)} | {100 * summary['wer']:.2f} "
-              f"± {50 * (high - low):.2f} | {summary['rtfx']:.0f} | {commit or '-'} | {date.today()} |")
-
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                                cwd=Path(__file__).parent, text=True).stdout.strip()
+        print(f"| {args.leaderboard} | {' | '.join(facts)} | {dataset} | {len(rows)} | "
+              f"{100 * wer(rows):.2f} ± {50 * (high - low):.2f} | {summary['rtfx']:.0f} | "
+              f"{commit} | {datetime.date.today()} |")
 
 if __name__ == "__main__":
     try:

@@ -1,236 +1,134 @@
 """Tiny Audio: speech recognition from two frozen pretrained models and one small trained bridge.
 
-    waveform -> encoder (frozen) -> stack 5 frames -> projector (trained) -> language model (frozen) -> text
+    waveform -> encoder -> stack 5 frames -> projector (trained) -> language model -> text
 
     from tinyaudio import TinyAudio
-    model = TinyAudio.load("assets/default")
-    print(model.transcribe("file.wav"))
+    print(TinyAudio.from_pretrained("assets/default").transcribe("file.wav"))
 
-The file is laid out in the order in which the sound travels:
-names, audio, encoder, projector, CTC head, LoRA, TinyAudio (prompt, loss, decoding, save and load), data.
-
-Letters in shapes: B clips, T encoder frames (50 a second), N stacked frames (10 a second), D the encoder's width,
-d the decoder's width, V tokens that the CTC head spells with.
+The file is in the order in which the sound travels. Shapes: B clips, T encoder frames (50 per
+second), N stacked frames (10 per second), D encoder width, d decoder width, V CTC tokens.
 """
-
-import contextlib
-import copy
-import csv
-import ctypes
-import glob
-import io
-import itertools
+import functools
 import json
 import math
 import re
+import string
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import safetensors.torch
-import soundfile
-import soxr
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import offline
-from offline import InputError
+from data import (SAMPLE_RATE, InputError, first_line, make_batches, read_audio, split_audio,
+                  write_file)
 
-logging.set_verbosity_error()
-logging.disable_progress_bar()
+hf.logging.set_verbosity_error()
+hf.logging.disable_progress_bar()
 
-# ------------------------------------------------------------------------------------------------------------ names
-
-ENCODERS = {
+NAMES = {  # whisper-base and smollm2-135m are in offline.py
     "hubert": "facebook/hubert-xlarge-ls960-ft",
     "whisper": "openai/whisper-large-v3-turbo",
-    "whisper-base": "embedded",
-}
-DECODERS = {
     "qwen3-8b": "Qwen/Qwen3-8B",
     "qwen3-1.7b": "Qwen/Qwen3-1.7B",
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
     "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
-    "smollm2-135m": "embedded",
 }
 
+def locate(name):
+    """Short name, hub id or folder of a backbone -> hub id or folder."""
+    return str(offline.folder(name)) if name in offline.PACKAGES else NAMES.get(name, name)
 
-def locate(name, names):
-    """Local folder or hub id of a backbone given by short name, hub id or folder."""
-    if names.get(name) == "embedded":
-        return str(offline.folder(name))
-    if name in names or Path(name).is_dir():
-        return names.get(name, name)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise InputError(f"{name} is no model: use {''.join(f'{known}, ' for known in names)}a hub id (owner/name) or a local folder")
-    return name
-
-
-def from_hub(load, source, **options):
-    """`load(source, **options)`, with the many ways in which that fails told in one line."""
+def fetch(load, source, **options):
+    """load(source), a folder or a hub id. Raises InputError for what a user can mend."""
     try:
         return load(source, **options)
-    except InputError:
-        raise
-    except Exception as error:
-        if Path(source).is_dir():
-            raise InputError(f"{source} holds nothing usable: {first_line(error)}") from None
-        raise InputError(f"cannot get {source} from the Hugging Face Hub ({first_line(error)}); the embedded pair, "
-                         "whisper-base and smollm2-135m, needs no download") from None
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        known = ", ".join([*NAMES, *offline.PACKAGES])
+        raise InputError(f"cannot load {source}, as a folder or from the Hugging Face Hub: "
+                         f"{first_line(error)} (known names: {known})") from None
 
-
-def load_model(model_class, source, dtype, **options):
-    """A pretrained model, whole: weights that its files lack would otherwise stay random without a word."""
-    # Float32 is made layer by layer from what is on disk, most often half as large, so that never all of it is there twice.
-    stored = "auto" if dtype == torch.float32 else dtype
-    model, report = from_hub(model_class.from_pretrained, source, output_loading_info=True, dtype=stored, **options)
-    missing = sorted(name for name in report["missing_keys"] if not name.endswith("masked_spec_embed"))  # unused in eval mode
-    if missing:
-        raise InputError(f"{source} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}")
-    return (model.float() if stored == "auto" else model).eval().requires_grad_(False)
-
-
-def first_line(error):
-    return getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def placement(device=None, dtype=None):
-    """Where the frozen parts go: the best device, in bfloat16; or float32 on a CPU for which bfloat16 is slower."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def load_frozen(model_class, source, device=None, dtype=None, **options):
+    """A pretrained model in eval mode, by default on the accelerator and in bfloat16, but in
+    float32 on a CPU without bfloat16 instructions."""
     try:
-        device = torch.empty(0, device=device or best).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"no device {device} here: {first_line(error)}") from None
-    slow = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
-    return device, dtype or (torch.float32 if slow else torch.bfloat16)
+        device = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"there is no device {device} here") from None
+    fast = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16")
+    dtype = dtype or (torch.bfloat16 if fast else torch.float32)
+    model, report = fetch(model_class.from_pretrained, source, dtype=dtype,
+                          output_loading_info=True, **options)
+    missing = [name for name in report["missing_keys"] if "masked_spec_embed" not in name]
+    if missing:  # they would be random
+        raise InputError(f"{source} lacks {len(missing)} weights, such as {min(missing)}")
+    return model.eval().requires_grad_(False).to(device)
 
+def load_encoder(name, device=None, dtype=None):
+    """The encoder of a Whisper, HuBERT, wav2vec 2.0 or WavLM: short name, hub id or folder."""
+    source = locate(name)
+    kind = fetch(hf.AutoConfig.from_pretrained, source).model_type
+    if kind == "whisper":  # without its own decoder
+        encoder_only = {r"^(model\.)?encoder\.": ""}
+        model = load_frozen(WhisperEncoder, source, device, dtype, key_mapping=encoder_only)
+    elif kind in ("hubert", "wav2vec2", "wavlm"):
+        model = load_frozen(hf.AutoModel, source, device, dtype)
+    else:
+        raise InputError(f"{name} is a {kind} model, not Whisper, HuBERT, wav2vec 2.0 or WavLM")
+    return Encoder(model, fetch(hf.AutoFeatureExtractor.from_pretrained, source)).eval()
 
-def return_freed_memory():
-    """Have glibc return what large tensors held to the system at once. By default it keeps pieces, more with every new shape, and a
-    process that hears sound of any length would grow with it. Elsewhere this does nothing."""
-    with contextlib.suppress(AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 20), mallopt(-1, 1 << 20)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+def load_decoder(name, device=None, dtype=None):
+    """A causal language model and its tokenizer: short name, hub id or folder."""
+    source = locate(name)
+    tokenizer = fetch(hf.AutoTokenizer.from_pretrained, source)
+    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+        raise InputError(f"{name} has no chat template or no end token: use an instruct model")
+    return load_frozen(hf.AutoModelForCausalLM, source, device, dtype), tokenizer
 
-
-# ------------------------------------------------------------------------------------------------------------ audio
-
-SAMPLE_RATE = 16_000
-
-
-def read_audio(source, sample_rate=SAMPLE_RATE):
-    """Decode, mix down and resample sound of any length, which is never in memory as a whole.
-
-    Parameters
-    ----------
-    source : path, bytes or file object (wav, flac, mp3, ogg/opus, ...), or array (samples,) or (samples, channels),
-        float in [-1, 1] or signed integer
-    sample_rate : of an array, in Hz; files carry their own
-
-    Yields float32 arrays (samples,), mono, 16 kHz, of about 10 s.
-    Raises InputError if the source is missing, empty, not audio, or holds samples that are not numbers.
-    """
-    name, total = source if isinstance(source, (str, Path)) else getattr(source, "name", None), 0
-    name = name if isinstance(name, (str, Path)) else "audio input"  # temporary files are named by a number
-    try:
-        with contextlib.ExitStack() as stack:
-            if isinstance(source, (str, Path)):
-                source = stack.enter_context(open(source, "rb"))
-            elif isinstance(source, bytes):
-                source = io.BytesIO(source)
-            if hasattr(source, "read"):
-                file = stack.enter_context(soundfile.SoundFile(source))
-                sample_rate = file.samplerate
-                blocks = (file.read(10 * sample_rate, dtype="float32", always_2d=True) for _ in itertools.count())
-            else:
-                samples = np.asarray(source)
-                scale = -np.iinfo(samples.dtype).min if np.issubdtype(samples.dtype, np.signedinteger) else 1
-                samples = samples.astype(np.float32).reshape(samples.shape if samples.ndim == 2 else (-1, 1)) / scale
-                blocks = iter([samples, samples[:0]])
-            resampler = soxr.ResampleStream(sample_rate, SAMPLE_RATE, 1)
-            while len(block := next(blocks)):
-                if not np.isfinite(block).all():
-                    raise InputError(f"{name}: holds samples that are not numbers (NaN or infinity)")
-                total += len(block)
-                mono = np.ascontiguousarray(block.mean(axis=1))
-                yield mono if sample_rate == SAMPLE_RATE else resampler.resample_chunk(mono)
-            if total and sample_rate != SAMPLE_RATE:
-                yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
-    except soundfile.LibsndfileError as error:
-        raise InputError(f"{name}: not audio that can be read ({error.error_string.strip().rstrip('.')})") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{name}: {first_line(error)}") from None
-    if not total:
-        raise InputError(f"{name}: no sound in it (0 samples)")
-
-
-def load_audio(source, sample_rate=SAMPLE_RATE):
-    """One clip as a whole: what `read_audio` takes -> float32 array (samples,), mono, 16 kHz."""
-    return np.concatenate(list(read_audio(source, sample_rate)))
-
-
-def split_audio(blocks, shortest=15.0, longest=28.0):
-    """Cut a stream of arrays into pieces of at most `longest` seconds, each at the quietest 0.1 s in reach.
-    Yields the start of each piece in seconds, and its samples."""
-    rest, start, window = np.zeros(0, np.float32), 0, SAMPLE_RATE // 10
-    for block in blocks:
-        rest = np.concatenate([rest, block])
-        while len(rest) > longest * SAMPLE_RATE:
-            reach = rest[int(shortest * SAMPLE_RATE):int(longest * SAMPLE_RATE)]
-            loudness = np.square(reach[:len(reach) // window * window]).reshape(-1, window).mean(axis=1)
-            cut = int(shortest * SAMPLE_RATE) + int(loudness.argmin()) * window + window // 2
-            yield start / SAMPLE_RATE, rest[:cut]
-            rest, start = rest[cut:], start + cut
-    yield start / SAMPLE_RATE, rest
-
-
-# ---------------------------------------------------------------------------------------------------------- encoder
-
+def length_mask(lengths, size):
+    """lengths (B,) -> bool mask (B, size), true before each length."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 class Encoder(nn.Module):
-    """A frozen audio encoder, run at the true length of each clip: there is no 30 s padding, and the padding up to the
-    longest clip is masked wherever it could be heard, so that frames do not depend on what else is in the batch."""
-
-    frame_rate = 50  # frames a second, of every supported family
+    """A frozen audio encoder, run at the true length of each clip, without Whisper's 30 s of
+    padding. The padding of a batch is masked: a clip's frames do not depend on the others."""
+    frame_rate = 50  # per second, in every supported family
 
     def __init__(self, model, extractor):
         super().__init__()
         self.model, self.extractor = model, extractor
         self.is_whisper = model.config.model_type == "whisper"
-        self.dim = model.config.d_model if self.is_whisper else model.config.hidden_size
-        self.max_seconds = model.config.max_source_positions / self.frame_rate if self.is_whisper else math.inf
-        # Group norm takes its statistics over the whole padded length, so such models hear one clip at a time.
-        self.one_by_one = getattr(model.config, "feat_extract_norm", "") == "group"
+        self.dim = model.config.hidden_size
 
     @torch.no_grad()
     def forward(self, waves):
-        """B arrays (samples,) -> frames (B, T, D), zero past each clip's length, and lengths (B,).
-        Raises InputError for a clip that is longer than the encoder's positions (Whisper: 30 s)."""
-        waves = [np.pad(wave, (0, max(0, 400 - len(wave)))) for wave in waves]  # one window, below which there is no frame
-        longest = max(map(len, waves)) / SAMPLE_RATE
-        if longest > self.max_seconds:
-            raise InputError(f"a clip of {longest:.1f} s is longer than the encoder hears ({self.max_seconds:.0f} s)")
+        """B arrays (samples,) -> frames (B, T, D), zero past each length, and lengths (B,)."""
+        waves = [np.pad(wave, (0, max(0, 400 - len(wave)))) for wave in waves]  # a full window
         encode = self.whisper_frames if self.is_whisper else self.wav2vec2_frames
-        if self.one_by_one:
+        if getattr(self.model.config, "feat_extract_norm", "") == "group":
+            # Group norm takes its statistics over padding too: one clip at a time.
             frames, lengths = zip(*(encode([wave]) for wave in waves))
-            return pad_sequence([clip[0] for clip in frames], batch_first=True), torch.cat(lengths)
+            return pad_sequence([clip[0] for clip in frames], True), torch.cat(lengths)
         frames, lengths = encode(waves)
         return frames * length_mask(lengths, frames.shape[1])[..., None], lengths
 
     def whisper_frames(self, waves):
-        """`WhisperEncoder.forward`, which insists on 30 s, taken apart (Radford et al. 2022)."""
+        """What `WhisperEncoder.forward` does, at any length up to 30 s (Radford et al. 2022)."""
         model = self.model
-        where = "cuda" if model.device.type == "cuda" else "cpu"
-        mels = [self.extractor(wave, sampling_rate=SAMPLE_RATE, padding="do_not_pad", return_tensors="pt", device=where)
-                .input_features[0].T for wave in waves]
+        mels = [self.extractor(wave, sampling_rate=SAMPLE_RATE, padding="do_not_pad",
+                               return_tensors="pt").input_features[0].T for wave in waves]
         mel_lengths = torch.tensor([len(mel) for mel in mels], device=model.device)
         mel = pad_sequence(mels, batch_first=True).to(model.device, model.dtype)
         x = F.gelu(model.conv1(mel.transpose(1, 2)))
-        # The second convolution looks one frame past the end, where a clip by itself would have zeros.
+        # conv2 looks one frame past the end, where a clip by itself would have zeros.
         x = x * length_mask(mel_lengths, x.shape[2])[:, None]
         x = F.gelu(model.conv2(x)).transpose(1, 2)
         x = x + model.embed_positions.weight[:x.shape[1]]
@@ -241,779 +139,383 @@ class Encoder(nn.Module):
         return model.layer_norm(x), lengths
 
     def wav2vec2_frames(self, waves):
-        """HuBERT, wav2vec 2.0 and WavLM, which take raw samples and an attention mask."""
-        waves = [torch.from_numpy(self.extractor(wave, sampling_rate=SAMPLE_RATE).input_values[0]) for wave in waves]
-        samples = torch.tensor([len(wave) for wave in waves], device=self.model.device)
-        x = pad_sequence(waves, batch_first=True).to(self.model.device, self.model.dtype)
+        """HuBERT, wav2vec 2.0 and WavLM take raw samples and an attention mask."""
+        model = self.model
+        waves = [torch.tensor(self.extractor(wave, sampling_rate=SAMPLE_RATE).input_values[0])
+                 for wave in waves]
+        samples = torch.tensor([len(wave) for wave in waves], device=model.device)
+        x = pad_sequence(waves, batch_first=True).to(model.device, model.dtype)
         mask = length_mask(samples, x.shape[1]) if len(waves) > 1 else None
-        return (self.model(x, attention_mask=mask).last_hidden_state,
-                self.model._get_feat_extract_output_lengths(samples))
-
-
-def length_mask(lengths, size):
-    """lengths (B,) -> bool mask (B, size), true before each length."""
-    return torch.arange(size, device=lengths.device) < lengths[:, None]
-
-
-def load_encoder(name, device=None, dtype=None):
-    """An `Encoder` by short name, hub id or local folder of a Whisper, HuBERT, wav2vec 2.0 or WavLM model."""
-    device, dtype = placement(device, dtype)
-    source = locate(name, ENCODERS)
-    kind = from_hub(AutoConfig.from_pretrained, source).model_type
-    if kind == "whisper":  # its decoder is left behind
-        model = load_model(WhisperEncoder, source, dtype, key_mapping={r"^(model\.)?encoder\.": ""})
-    elif kind in ("hubert", "wav2vec2", "wavlm"):
-        model = load_model(AutoModel, source, dtype)
-    else:
-        raise InputError(f"{name} is a {kind} model, not an audio encoder (whisper, hubert, wav2vec2, wavlm)")
-    return Encoder(model, from_hub(AutoFeatureExtractor.from_pretrained, source)).eval().to(device)
-
-
-def load_decoder(name, device=None, dtype=None):
-    """A frozen causal language model and its tokenizer, by short name, hub id or local folder."""
-    device, dtype = placement(device, dtype)
-    source = locate(name, DECODERS)
-    tokenizer = from_hub(AutoTokenizer.from_pretrained, source)
-    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
-        raise InputError(f"{name} has no chat template or no end token: use an instruction-tuned model")
-    config = from_hub(AutoConfig.from_pretrained, source)
-    odd = [key for key in ("logits_scaling", "logit_scale", "final_logit_softcapping") if getattr(config, key, None) not in (None, 1)]
-    odd += {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-    if odd:  # none of which loss and search, which run body and vocabulary apart and undo drafts, would respect
-        raise InputError(f"{name} is not a decoder with plain full attention and plain logits ({', '.join(odd)}), such as Qwen3, SmolLM or Llama")
-    return load_model(AutoModelForCausalLM, source, dtype).to(device), tokenizer
-
-
-# -------------------------------------------------------------------------------------------------------- projector
-
+        frames = model(x, attention_mask=mask).last_hidden_state
+        return frames, model._get_feat_extract_output_lengths(samples)
 
 class Projector(nn.Module):
     """The trained bridge: stack k frames -> RMSNorm -> Linear -> GELU -> Linear -> RMSNorm.
+    The last norm starts at `rms`, that of the decoder's embeddings: sound is as loud as words.
+    By default `hidden` makes about 13M parameters, and is at most twice the encoder's width."""
 
-    Parameters
-    ----------
-    encoder_dim, decoder_dim : D and d
-    loudness : RMS of the decoder's embeddings; the last norm starts there, so that sound arrives as loud as words
-    stack : k; 50 frames a second become 50 / k
-    hidden : by default what makes 13M parameters, and at most twice the encoder's width
-    """
-
-    def __init__(self, encoder_dim, decoder_dim, loudness=1.0, stack=5, hidden=None):
+    def __init__(self, encoder_dim, decoder_dim, rms=1.0, stack=5, hidden=None):
         super().__init__()
-        self.stack = stack
-        self.hidden = hidden or min(2 * encoder_dim, 13_000_000 // (stack * encoder_dim + decoder_dim)) // 16 * 16
+        limit = min(2 * encoder_dim, 13_000_000 // (stack * encoder_dim + decoder_dim))
+        self.stack, self.hidden = stack, hidden or limit // 16 * 16
         self.norm_in = nn.RMSNorm(stack * encoder_dim, eps=1e-6)
         self.linear_in = nn.Linear(stack * encoder_dim, self.hidden, bias=False)
         self.linear_out = nn.Linear(self.hidden, decoder_dim, bias=False)
         self.norm_out = nn.RMSNorm(decoder_dim, eps=1e-6)
-        nn.init.constant_(self.norm_out.weight, loudness)
-        self.mask, self.dropout = 0.0, 0.0  # shares of stacked frames and of hidden units dropped while training
+        nn.init.constant_(self.norm_out.weight, rms)
+        self.mask = self.dropout = 0.0  # fractions of stacked frames and of hidden units
 
     def forward(self, frames, lengths):
-        """frames (B, T, D), zero past lengths (B,) -> audio (B, N, d), counts (B,) with N = ceil(T / k)."""
-        frames = F.pad(frames.float(), (0, 0, 0, -frames.shape[1] % self.stack))  # fill up the last stack, drop nothing
+        """frames (B, T, D), lengths (B,) -> audio (B, N, d), counts (B,); N = ceil(T / k)."""
+        frames = F.pad(frames.float(), (0, 0, 0, -frames.shape[1] % self.stack))  # none is lost
         x = frames.reshape(len(frames), -1, self.stack * frames.shape[2])
-        if self.training and self.mask:
+        if self.training:
             x = x * (torch.rand(x.shape[:2], device=x.device) >= self.mask)[..., None]
         x = F.gelu(self.linear_in(self.norm_in(x)))
-        x = F.dropout(x, self.dropout, self.training)
-        return self.norm_out(self.linear_out(x).float()), (lengths + self.stack - 1) // self.stack
-
+        x = self.linear_out(F.dropout(x, self.dropout, self.training))
+        return self.norm_out(x.float()), (lengths + self.stack - 1) // self.stack
 
 class CTCHead(nn.Module):
-    """Spelling with the decoder's own words: the logits of a frame are its products with the decoder's embeddings.
+    """Spell with the decoder's own words: the logits of a frame are its dot products with the
+    decoder's input embeddings, beside one learned blank (CTC: Graves et al. 2006).
+    Class 0 is the blank; class i is the decoder's token id tokens[i - 1]."""
 
-    Trained parameters: a blank vector, its bias, and a temperature. Connectionist temporal classification is
-    Graves et al. 2006; token ids are those of the decoder, and class 0 is the blank.
-    """
-
-    def __init__(self, decoder_dim, loudness=1.0):
+    def __init__(self, decoder_dim, rms=1.0):
         super().__init__()
         self.blank = nn.Parameter(torch.zeros(decoder_dim))
         self.bias = nn.Parameter(torch.zeros(()))
-        # A frame that equals a token's embedding scores 60 to begin with; with much less, spelling is slow to be learned.
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(60 / (decoder_dim * loudness**2))))
+        # A frame that equals a token's embedding starts with a logit of 60; less learns slowly.
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(60 / (decoder_dim * rms**2))))
         self.register_buffer("tokens", torch.zeros(0, dtype=torch.int32))
 
-    def forward(self, audio, embeddings):
-        """audio (B, N, d), embeddings (vocabulary, d) -> logits (B, N, 1 + V), float32."""
+    def forward(self, audio, embeddings, tokens=None):
+        """audio (B, N, d), embeddings (vocabulary, d) -> logits (B, N, 1 + V), float32.
+        tokens (V,): other ones than those of the head."""
         z = audio * self.log_temperature.exp()
-        # Part by part: a copy of all these embeddings at once (43 MB for the shipped model) sets the peak of a transcription's memory.
-        words = (z.to(embeddings.dtype) @ embeddings[tokens].T for tokens in self.tokens.split(4096))
-        return torch.cat([(z @ self.blank + self.bias)[..., None], *(part.float() for part in words)], dim=-1)
-
+        blank = z @ self.blank + self.bias
+        words = embeddings[self.tokens if tokens is None else tokens]
+        return torch.cat([blank[..., None], F.linear(z.to(words.dtype), words).float()], dim=-1)
 
 class LoRA(nn.Module):
-    """A trained low-rank update of a frozen linear layer, W x + B A x (Hu et al. 2021), hooked on so that the layer itself
-    stays as it is. Optional; made for small decoders, which hardly learn to listen without."""
+    """A trained low-rank update of a frozen layer, W x + B A x (Hu et al. 2021). Optional; a
+    small decoder hardly learns to listen without."""
 
     def __init__(self, linear, rank):
         super().__init__()
         self.a = nn.Parameter(torch.randn(rank, linear.in_features) * linear.in_features**-0.5)
         self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
-        self.linear, self.hook = [linear], linear.register_forward_hook(self.add)  # in a list: it is no part of this module
+        self.hook = linear.register_forward_hook(self.add)
 
-    def add(self, _, inputs, output):
-        """The hook: inputs of one tensor (..., in), output (..., out) -> (..., out)."""
-        return output + F.linear(F.linear(inputs[0], self.a.to(output.dtype)), self.b.to(output.dtype))
+    def add(self, linear, inputs, output):
+        """Forward hook: (..., in), (..., out) -> (..., out)."""
+        return output + F.linear(inputs[0] @ self.a.to(output.dtype).T, self.b.to(output.dtype))
 
-    def merge(self):
-        """Add the update to the layer's weight for good, which makes it free."""
-        self.hook.remove()
-        weight = self.linear[0].weight
-        weight.addmm_(self.b.to(weight), self.a.to(weight))
+def ctc_prefix_extend(log_probs, clips, state, last, classes):
+    """Append tokens to R texts, K to each (Watanabe et al. 2017, algorithm 2). log_probs
+    (B, N, 1 + V); clips (R,) of the texts; last (R,), the class of their last token, 0 if empty;
+    classes (R, K). state (R, N, 2): log p, up to each frame, of all paths through the text that
+    end in its last token (0) or a blank (1). Returns log p of all that begins with the longer
+    texts (R, K), and their states (R, N, 2, K)."""
+    token = log_probs[clips[:, None, None], np.arange(state.shape[1])[:, None], classes[:, None]]
+    blank = log_probs[clips, :, :1]
+    repeats = classes[:, None] == last[:, None, None]  # need a blank between
+    before = np.where(repeats, state[:, :, 1:], np.logaddexp(state[:, :, :1], state[:, :, 1:]))
+    longer = np.full((*state.shape, classes.shape[1]), -np.inf)
+    longer[:, 0, 0] = np.where(last[:, None] == 0, token[:, 0], -np.inf)
+    for n in range(1, state.shape[1]):
+        in_token, in_blank = longer[:, n - 1, 0], longer[:, n - 1, 1]
+        longer[:, n, 0] = np.logaddexp(in_token, before[:, n - 1]) + token[:, n]
+        longer[:, n, 1] = np.logaddexp(in_token, in_blank) + blank[:, n]
+    starts = np.concatenate([longer[:, :1, 0], before[:, :-1] + token[:, 1:]], axis=1)
+    return np.logaddexp.reduce(starts, axis=1), longer
 
-
-# -------------------------------------------------------------------------------------------------------- TinyAudio
-
-TASKS = {"transcribe": "Transcribe: <audio>", "describe": "Describe what you hear: <audio>", "continue": "Continue: <audio>"}
-DECODINGS = ("greedy", "ctc", "joint")
-LONGEST_ANSWER = 200  # tokens, where the length of the sound says nothing
-DRAFTED = 3  # tokens of a draft that are checked in one pass; more of them seldom hold, and cost time on a CPU
-JOINT_WEIGHT = 0.4  # of the CTC score in joint decoding; chosen on the development set
-
+TRANSCRIBE = "Transcribe: <audio>"
+DECODINGS = ("ctc", "greedy", "joint")
+JOINT_WEIGHT = 0.4  # of CTC in joint decoding; chosen on development clips
 
 class TinyAudio(nn.Module):
-    """Encoder, projector, CTC head and decoder. Only the projector, the CTC head and LoRA, if any, have gradients.
+    """An untrained model of two backbones by name; `from_pretrained` loads a trained one.
+    lora is the rank of a low-rank update of the decoder (0: none), decode one of DECODINGS."""
 
-    Parameters: the names of the two backbones; the projector's stack and hidden width; the rank of a low-rank update of
-    the decoder, 0 for none; and how `transcribe` decodes. This makes an untrained model; `TinyAudio.load` brings a trained one.
-    """
-
-    def __init__(self, encoder, decoder, stack=5, hidden=None, lora=0, decode="greedy", device=None, dtype=None):
+    def __init__(self, encoder, decoder, stack=5, hidden=None, lora=0, decode="greedy",
+                 device=None, dtype=None):
         super().__init__()
-        self.names, self.decode, self.prefixes = {"encoder": encoder, "decoder": decoder}, decode, {}
-        self.word_dropout = 0.0  # share of the answer's tokens that the decoder does not see while training
         self.encoder = load_encoder(encoder, device, dtype)
         self.decoder, self.tokenizer = load_decoder(decoder, device, dtype)
-        self.embed = self.decoder.get_input_embeddings()
-        # Byte-level BPE and SentencePiece write a leading space so.
-        self.word_starts = {i for token, i in self.tokenizer.get_vocab().items() if token[:1] in ("\u0120", "\u2581")}
-        width = self.embed.weight.shape[1]
-        loudness = self.embed.weight.norm(dim=1, dtype=torch.float32).square().div(width).mean().sqrt().item()
-        self.projector = Projector(self.encoder.dim, width, loudness, stack, hidden).to(self.device)
-        self.ctc = CTCHead(width, loudness).to(self.device)
+        self.embed, self.end = self.decoder.get_input_embeddings(), self.tokenizer.eos_token_id
+        weight = self.embed.weight
+        self.device, dim = weight.device, weight.shape[1]
+        rms = torch.linalg.vector_norm(weight, dtype=torch.float32).item() / weight.numel()**0.5
+        self.projector = Projector(self.encoder.dim, dim, rms, stack, hidden).to(self.device)
+        self.ctc = CTCHead(dim, rms).to(self.device)
         layers = self.decoder.base_model.named_modules() if lora else ()
         self.lora = nn.ModuleDict({name.replace(".", "-"): LoRA(layer, lora).to(self.device)
                                    for name, layer in layers if isinstance(layer, nn.Linear)})
-
-    @property
-    def device(self):
-        return self.embed.weight.device
+        self.word_dropout = 0.0  # fraction of answer tokens hidden from the decoder, in training
+        self.config = {"encoder": encoder, "decoder": decoder, "stack": stack,
+                       "hidden": self.projector.hidden, "lora": lora, "decode": decode}
 
     def train(self, mode=True):
-        """Only the trained part ever leaves eval mode."""
-        self.prefixes.clear()  # training may change what they hold
-        self.projector.train(mode), self.ctc.train(mode)
+        """The frozen parts stay in eval mode."""
+        self.training = mode
+        self.projector.train(mode)
         return self
 
     def trained(self):
-        """name -> tensor of all that is trained, and the list of tokens that the CTC head spells with."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(("projector.", "ctc.", "lora."))}
-
-    def prompt(self, task="transcribe"):
-        """Token ids before and after the audio, from the tokenizer's own chat template. task is one of TASKS, or any text,
-        with or without "<audio>" in it."""
-        messages = [{"role": "system", "content": ""}, {"role": "user", "content": TASKS.get(task, task)}]
-        # Some templates print today's date; the prompt must not change from day to day.
-        template = re.sub(r"strftime_now\([^()]*\)", "''", self.tokenizer.get_chat_template())
-        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False, "chat_template": template}
-        try:  # an empty system message stands in the place of the long default that some templates have
-            text = self.tokenizer.apply_chat_template(messages, **options)
-        except Exception:  # each template raises what it likes at a role that it does not know
-            text = self.tokenizer.apply_chat_template(messages[1:], **options)
-        before, _, after = text.rpartition("<audio>")
-        return [self.tokenizer(part, add_special_tokens=False).input_ids for part in (before, after)]
+        """name -> tensor of all that a checkpoint holds."""
+        return {name: x for name, x in self.state_dict().items()
+                if name.startswith(("projector.", "ctc.", "lora."))}
 
     def tokenize(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def detokenize(self, ids):
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return " ".join(text.split())
+        return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
 
-    def spell_with(self, texts):
-        """Choose the tokens of the CTC head: those of the texts, and every single character with and without a space,
-        so that any other word can be spelled."""
-        characters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'.,?!-"
-        pieces = [self.tokenize(space + character) for character in characters for space in ("", " ")]
-        tokens = {piece[0] for piece in pieces if len(piece) == 1}.union(*map(self.tokenize, texts))
-        tokens |= set(self.ctc.tokens.tolist())
-        self.ctc.tokens = torch.tensor(sorted(tokens), dtype=torch.int32, device=self.device)
+    def prompt(self, task=TRANSCRIBE):
+        """Token ids before and after the audio, by the tokenizer's chat template."""
+        # Some templates print a long system message, if there is none, or the date of today.
+        messages = [{"role": "system", "content": ""}, {"role": "user", "content": task}]
+        template = re.sub(r"strftime_now\([^()]*\)", "''", self.tokenizer.get_chat_template())
+        fill = functools.partial(self.tokenizer.apply_chat_template, chat_template=template,
+                                 tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        try:
+            text = fill(messages)
+        except Exception:  # a template raises what it likes at a role that it does not know
+            text = fill(messages[1:])
+        before, _, after = text.rpartition("<audio>")
+        return self.tokenize(before), self.tokenize(after)
 
-    def spelling(self, answer, known):
-        """Token ids with those that are not known to the CTC head spelled in characters."""
-        return [piece for token in answer for piece in
-                ([token] if token in known else sum(map(self.tokenize, self.tokenizer.decode([token])), [])) if piece in known]
+    def embed_ids(self, ids):
+        return self.embed(torch.tensor(ids, dtype=torch.long, device=self.device))
 
-    # ------------------------------------------------------------------------------------------------------- loss
+    def embed_prompt(self, audio, counts, task=TRANSCRIBE):
+        """audio (B, N, d), counts (B,) -> B tensors (before + count + after, d)."""
+        before, after = map(self.embed_ids, self.prompt(task))
+        return [torch.cat([before, clip[:count].to(before.dtype), after])
+                for clip, count in zip(audio, counts.tolist())]
 
     def loss(self, frames, lengths, answers, ctc_weight=0.1, lm_weight=1.0):
-        """Loss of a batch, summed over the tokens of its answers, and its two parts for the log.
-
-        Parameters
-        ----------
-        frames (B, T, D), lengths (B,) : of the encoder
-        answers : B lists of token ids, without the end token
-        ctc_weight, lm_weight : of the two parts; what has no weight is not computed
-        """
+        """frames (B, T, D), lengths (B,), B lists of token ids -> loss and its two parts, summed
+        over tokens. A part without weight is not computed."""
         audio, counts = self.projector(frames, lengths)
-        ctc = self.ctc_loss(audio, counts, answers) if ctc_weight else torch.zeros((), device=self.device)
-        lm = self.lm_loss(audio, counts, answers) if lm_weight else torch.zeros((), device=self.device)
+        zero = torch.zeros((), device=self.device)
+        ctc = self.ctc_loss(audio, counts, answers) if ctc_weight else zero
+        lm = self.lm_loss(audio, counts, answers) if lm_weight else zero
         return ctc_weight * ctc + lm_weight * lm, {"ctc": ctc.detach(), "lm": lm.detach()}
 
     def ctc_loss(self, audio, counts, answers):
-        """Summed CTC loss; an answer that has more tokens than the clip has frames counts as zero."""
+        """CTC loss; an answer with more tokens than the clip has frames counts as zero."""
         log_probs = self.ctc(audio, self.embed.weight).log_softmax(-1).transpose(0, 1)
-        number = {token: i for i, token in enumerate(self.ctc.tokens.tolist(), 1)}
-        answers = [[number[token] for token in self.spelling(answer, number)] for answer in answers]
-        classes = torch.tensor(sum(answers, []), dtype=torch.int32, device=self.device)
+        classes = {token: i for i, token in enumerate(self.ctc.tokens.tolist(), 1)}
+        answers = [[classes[token] for token in answer if token in classes] for answer in answers]
         sizes = torch.tensor([len(answer) for answer in answers], device=self.device)
-        if self.device.type == "mps":  # which has no CTC loss of its own
-            log_probs, classes, counts, sizes = (tensor.cpu() for tensor in (log_probs, classes, counts, sizes))
-        return F.ctc_loss(log_probs, classes, counts, sizes, reduction="sum", zero_infinity=True).to(self.device)
+        targets = torch.tensor(sum(answers, []), dtype=torch.int32, device=self.device)
+        return F.ctc_loss(log_probs, targets, counts, sizes, reduction="sum", zero_infinity=True)
 
     def lm_loss(self, audio, counts, answers):
-        """Summed cross-entropy of the answers and their end token, given the audio."""
-        end = self.tokenizer.eos_token_id
+        """Cross-entropy of the answers and their end tokens, given the audio."""
         prompts = self.embed_prompt(audio, counts)
-        words = [self.embed(torch.tensor(answer, dtype=torch.long, device=self.device)) for answer in answers]
-        if self.projector.training and self.word_dropout:  # so that it has to listen, not only to guess (Bowman et al. 2016)
-            words = [word * (torch.rand(len(word), 1, device=self.device) >= self.word_dropout) for word in words]
-        rows = [torch.cat(pair) for pair in zip(prompts, words)]
-        # Padding stands on the right, where causal attention never looks: no mask is needed.
-        hidden = self.decoder.base_model(inputs_embeds=pad_sequence(rows, batch_first=True), use_cache=False)
-        hidden = hidden.last_hidden_state
-        # The vocabulary is the most expensive layer; only the positions that predict an answer go through it.
-        hidden = torch.cat([row[len(prompt) - 1:len(prompt) + len(answer)]
-                            for row, prompt, answer in zip(hidden, prompts, answers)])
-        targets = torch.tensor(sum((answer + [end] for answer in answers), []), device=self.device)
-        return F.cross_entropy(self.decoder.get_output_embeddings()(hidden).float(), targets, reduction="sum")
+        words = [self.embed_ids(answer) for answer in answers]
+        if self.training and self.word_dropout:  # listen, do not only guess (Bowman et al. 2016)
+            words = [word * (torch.rand(len(word), 1, device=self.device) >= self.word_dropout)
+                     for word in words]
+        # Padding is on the right, where causal attention never looks: no mask is needed.
+        x = pad_sequence([torch.cat(row) for row in zip(prompts, words)], batch_first=True)
+        # The vocabulary is the most expensive layer: no logits before the first answer begins.
+        start = min(map(len, prompts)) - 1
+        keep = torch.arange(start, x.shape[1], device=self.device)
+        logits = self.decoder(inputs_embeds=x, use_cache=False, logits_to_keep=keep).logits
+        labels = [torch.tensor([-100] * (len(prompt) - 1 - start) + answer + [self.end])
+                  for prompt, answer in zip(prompts, answers)]
+        labels = pad_sequence(labels, True, padding_value=-100).to(self.device)
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
 
-    def embed_prompt(self, audio, counts, task="transcribe"):
-        """List of B tensors (prefix + count + suffix, d), in the decoder's dtype: what stands before the answer."""
-        prefix, suffix = (self.embed(torch.tensor(ids, dtype=torch.long, device=self.device)) for ids in self.prompt(task))
-        return [torch.cat([prefix, clip[:count].to(prefix.dtype), suffix]) for clip, count in zip(audio, counts.tolist())]
-
-    # ----------------------------------------------------------------------------------------------------- decoding
+    # Decoding. From here on, audio is (B, N, d), counts (B,), and answers B lists of token ids.
 
     @torch.no_grad()
-    def listen(self, waves):
-        """B arrays (samples,) -> audio (B, N, d), counts (B,): what the decoder is given to hear."""
+    def encode(self, waves):
+        """B arrays (samples,) -> audio, counts."""
         return self.projector(*self.encoder(waves))
 
+    def set_ctc_tokens(self, texts):
+        """Let the CTC head spell with the tokens of the texts and with single characters."""
+        letters = string.ascii_letters + string.digits + "'.,?!-"
+        texts = [*texts, *letters, *(f" {letter}" for letter in letters)]
+        tokens = sorted(set(self.ctc.tokens.tolist()).union(*map(self.tokenize, texts)))
+        self.ctc.tokens = torch.tensor(tokens, dtype=torch.int32, device=self.device)
+
     @torch.no_grad()
-    def spell(self, audio, counts):
-        """Greedy CTC: audio (B, N, d), counts (B,) -> B lists of token ids. The decoder is not run."""
+    def ctc_greedy(self, audio, counts):
+        """The best class of each frame, without repeats and blanks -> answers."""
         best = self.ctc(audio, self.embed.weight).argmax(-1)
-        paths = [torch.unique_consecutive(path[:count]) for path, count in zip(best, counts.tolist())]
+        paths = [path[:count].unique_consecutive() for path, count in zip(best, counts.tolist())]
         return [self.ctc.tokens[path[path > 0] - 1].tolist() for path in paths]
 
-    def respell(self, answers):
-        """B lists of token ids -> the same texts in the tokens that the tokenizer, and so the language model, would choose."""
-        return [self.tokenize(self.detokenize(answer)) for answer in answers]
+    def left_pad(self, prompts):
+        """B tensors (length, d) -> embeddings (B, longest, d), mask (B, longest), 0 at padding."""
+        masks = [torch.ones(len(row), dtype=torch.long, device=self.device) for row in prompts]
+        return [pad_sequence(rows, True, padding_side="left") for rows in (prompts, masks)]
 
-    def generate(self, audio, counts, task="transcribe", drafts=None, most=None):
-        """Greedy decoding through the language model: what the last of the `passes` has."""
-        answers = [[] for _ in audio]
-        for answers in self.passes(audio, counts, task, drafts, most):
-            pass
+    def token_limits(self, counts, task=TRANSCRIBE):
+        """The most tokens of B answers: 6.5 per second of speech and 10 more; 200 of a task."""
+        seconds = counts * self.projector.stack / self.encoder.frame_rate
+        return [int(6.5 * s) + 10 if task == TRANSCRIBE else 200 for s in seconds.tolist()]
+
+    @torch.no_grad()
+    def generate(self, audio, counts, task=TRANSCRIBE, streamer=None):
+        """Greedy decoding by the language model -> answers. streamer is one of transformers."""
+        x, mask = self.left_pad(self.embed_prompt(audio, counts, task))
+        limits = self.token_limits(counts, task)
+        found = self.decoder.generate(
+            inputs_embeds=x, attention_mask=mask, max_new_tokens=max(limits), do_sample=False,
+            eos_token_id=self.end, pad_token_id=self.end, streamer=streamer)
+        answers = [ids[:limit] for ids, limit in zip(found.tolist(), limits)]
+        return [ids[:ids.index(self.end)] if self.end in ids else ids for ids in answers]
+
+    @torch.no_grad()
+    def joint(self, audio, counts, weight=JOINT_WEIGHT, beams=4, choices=16):
+        """Beam search for the best (1 - weight) log p_LM + weight log p_CTC -> answers. The
+        language model knows sentences, CTC holds it to the sound (Watanabe et al. 2017). `choices`
+        tokens are tried: those that the language model expects and some frame sounds like."""
+        log_probs = self.ctc(audio, self.embed.weight).log_softmax(-1)
+        padding = ~length_mask(counts, log_probs.shape[1])[..., None]
+        log_probs.masked_fill_(padding, -math.inf)[..., :1].masked_fill_(padding, 0)  # all blank
+        max_log_probs, log_probs = log_probs[..., 1:].amax(1), log_probs.cpu().numpy()
+        x, mask = self.left_pad(self.embed_prompt(audio, counts))
+        inputs = {"inputs_embeds": x, "position_ids": (mask.cumsum(1) - 1).clamp(0)}
+        # R texts, at first the empty one of each clip; and the best of each clip that has ended
+        clips, texts, lm = np.arange(len(audio)), [()] * len(audio), np.zeros(len(audio))
+        blanks = log_probs[:, :, 0].cumsum(1, dtype=np.float64)
+        state = np.stack([np.full_like(blanks, -np.inf), blanks], axis=2)
+        best, cache = [(-math.inf, ())] * len(audio), None
+        while texts:
+            out = self.decoder(**inputs, attention_mask=mask, past_key_values=cache,
+                               use_cache=True, logits_to_keep=1)
+            lm_log_probs, cache = out.logits[:, -1].float().log_softmax(-1), out.past_key_values
+            ended = (1 - weight) * (lm + lm_log_probs[:, self.end].cpu().numpy())
+            ended += weight * np.logaddexp(state[:, -1, 0], state[:, -1, 1])
+            for clip, text, score in zip(clips, texts, ended):
+                best[clip] = max(best[clip], (score, text))
+            lm_log_probs = lm_log_probs[:, self.ctc.tokens]
+            promising = (1 - weight) * lm_log_probs + weight * max_log_probs[clips]
+            top = promising.topk(min(choices, promising.shape[1])).indices
+            classes, last = top.cpu().numpy() + 1, np.array([(0, *text)[-1] for text in texts])
+            ctc, longer = ctc_prefix_extend(log_probs, clips, state, last, classes)
+            lm = lm[:, None] + lm_log_probs.gather(1, top).cpu().numpy()
+            scores, kept = (1 - weight) * lm + weight * ctc, []  # (R, choices)
+            for row, column in zip(*np.unravel_index(scores.argsort(None)[::-1], scores.shape)):
+                full = sum(clips[other] == clips[row] for other, _ in kept) == beams
+                if not full and scores[row, column] > best[clips[row]][0]:  # it can only fall
+                    kept.append((row, column))
+            texts = [texts[row] + (classes[row, column],) for row, column in kept]
+            rows, columns = np.array(kept, dtype=int).reshape(-1, 2).T
+            clips, lm, state = clips[rows], lm[rows, columns], longer[rows, :, :, columns]
+            cache.batch_select_indices(torch.from_numpy(rows).to(self.device))
+            mask = F.pad(mask[rows], (0, 1), value=1)
+            tokens = self.ctc.tokens[[text[-1] - 1 for text in texts]][:, None]
+            inputs = {"input_ids": tokens, "position_ids": mask.sum(1, keepdim=True) - 1}
+        return [self.ctc.tokens[[i - 1 for i in text]].tolist() for _, text in best]
+
+    def decode(self, audio, counts, decode=None, task=TRANSCRIBE):
+        """-> answers. decode is one of DECODINGS; by default the best one of the training.
+        If CTC finds no token, the answer is empty. If it never ends, it is that of CTC."""
+        decode = decode or self.config["decode"]
+        if decode not in DECODINGS:
+            raise InputError(f"decode={decode!r} is none of {', '.join(DECODINGS)}")
+        if not len(self.ctc.tokens):
+            raise InputError("this model is untrained: load one with TinyAudio.from_pretrained")
+        if task != TRANSCRIBE:
+            return self.generate(audio, counts, task)
+        answers = self.ctc_greedy(audio, counts)
+        speech = [clip for clip, answer in enumerate(answers) if answer]
+        if decode != "ctc" and speech:
+            search = self.joint if decode == "joint" else self.generate
+            limits = self.token_limits(counts[speech])
+            for clip, answer, limit in zip(speech, search(audio[speech], counts[speech]), limits):
+                answers[clip] = answer if len(answer) < limit else answers[clip]
         return answers
 
-    @torch.no_grad()
-    def passes(self, audio, counts, task="transcribe", drafts=None, most=None):
-        """Greedy decoding with a KV cache, of a draft if there is one (Leviathan et al. 2023, with CTC as the small model):
-        each pass runs the decoder over its last token and the next of the draft, and takes its own choices up to and
-        including the first that differs from the draft. Without drafts that is one token a pass.
+    def transcribe(self, source, decode=None, task=TRANSCRIBE, sample_rate=SAMPLE_RATE):
+        """Text of one clip of any length (see `data.read_audio`), or texts of a list of clips.
+        Raises InputError for one that cannot be read."""
+        clips = source if isinstance(source, list) else [source]
+        pieces = [(i, wave) for i, clip in enumerate(clips)
+                  for _, wave in split_audio(read_audio(clip, sample_rate))]
+        texts = [""] * len(pieces)
+        for batch in make_batches([len(wave) / SAMPLE_RATE for _, wave in pieces], 120):
+            answers = self.decode(*self.encode([pieces[i][1] for i in batch]), decode, task)
+            for i, answer in zip(batch, answers):
+                texts[i] = self.detokenize(answer)
+        whole = [" ".join(text for (owner, _), text in zip(pieces, texts) if owner == i and text)
+                 for i in range(len(clips))]
+        return whole if isinstance(source, list) else whole[0]
 
-        Parameters
-        ----------
-        audio (B, N, d), counts (B,)
-        task : one of TASKS, or any instruction
-        drafts : B lists of token ids
-        most : tokens of an answer; by default 6.5 a second of sound and a few more
-
-        Yields after every pass the B lists of token ids so far, without the end token. A loop ends its clip and stays in.
-        """
-        prefix, suffix = self.prompt(task)
-        cache = self.prefix_cache(prefix) if prefix else DynamicCache(config=self.decoder.config)
-        cache.batch_repeat_interleave(len(audio))
-        suffix = self.embed(torch.tensor(suffix, dtype=torch.long, device=self.device))
-        limits = [most or limit for limit in self.token_limits(counts)]
-        drafts, answers = list(drafts or [[]] * len(audio)), [[] for _ in audio]
-        inputs = [torch.cat([clip[:count].to(suffix.dtype), suffix]) for clip, count in zip(audio, counts.tolist())]
-        active = list(range(len(audio)))  # the clips that are not at their end; all tensors below have a row for each
-        mask = torch.ones(len(audio), len(prefix), dtype=torch.bool, device=self.device)
-        while active:
-            tried = [drafts[clip][:DRAFTED] for clip in active]
-            rows = [torch.cat([row, self.embed(torch.tensor(draft, dtype=torch.long, device=self.device))])
-                    for draft, row in zip(tried, inputs)]
-            sizes = torch.tensor([len(row) for row in rows], device=self.device)
-            x = pad_sequence(rows, batch_first=True)
-            # Padding and rejected drafts stay in the cache and are masked; positions count what is not.
-            positions = mask.sum(1, keepdim=True) + torch.arange(x.shape[1], device=self.device)
-            width = mask.shape[1]
-            mask = torch.cat([mask, length_mask(sizes, x.shape[1])], dim=1)
-            out = self.decoder.base_model(inputs_embeds=x, position_ids=positions, attention_mask=mask, past_key_values=cache,
-                                          use_cache=True)
-            checked = [hidden[size - 1 - len(draft):size] for draft, hidden, size in zip(tried, out.last_hidden_state, sizes.tolist())]
-            choices = iter(self.decoder.get_output_embeddings()(torch.cat(checked)).argmax(-1).tolist())
-            left = []
-            for row, clip in enumerate(active):
-                draft, own = tried[row], list(itertools.islice(choices, len(checked[row])))
-                agreed = next((i for i, (a, b) in enumerate(zip(own, draft)) if a != b), len(draft))
-                mask[row, width + len(rows[row]) - len(draft) + agreed:] = False
-                if self.extend(answers[clip], own[:agreed + 1], limits[clip]):
-                    left.append(row)
-                    drafts[clip] = realign(drafts[clip][agreed:], own[agreed], self.word_starts)
-            yield answers
-            active = [active[row] for row in left]
-            inputs = [self.embed(torch.tensor(answers[clip][-1:], device=self.device)) for clip in active]
-            if len(left) < len(mask):
-                left = torch.tensor(left, dtype=torch.long, device=self.device)
-                cache.batch_select_indices(left)
-                mask = mask[left]
-
-    def token_limits(self, counts):
-        """The most tokens that clips of `counts` (B,) stacked frames can hold: 6.5 a second and a few more."""
-        return [int(6.5 * count * self.projector.stack / self.encoder.frame_rate + 10) for count in counts.tolist()]
-
-    def extend(self, answer, tokens, limit):
-        """Append tokens to an answer, up to the end token, the limit, or a loop. Returns whether it goes on."""
-        for token in tokens:
-            if token == self.tokenizer.eos_token_id:
-                return False
-            answer.append(token)
-            if len(answer) >= limit or loop_length(answer):
-                return False
-        return True
-
-    def prefix_cache(self, prefix):
-        """Keys and values of what stands before the audio, which is the same for every clip: computed once."""
-        if tuple(prefix) not in self.prefixes:
-            ids = torch.tensor([prefix], device=self.device)
-            self.prefixes[tuple(prefix)] = self.decoder.base_model(input_ids=ids, use_cache=True).past_key_values
-        return copy.deepcopy(self.prefixes[tuple(prefix)])
-
-    @torch.no_grad()
-    def search(self, audio, counts, weight=JOINT_WEIGHT, beam=4, choices=16):
-        """Joint decoding (Watanabe et al. 2017): audio (B, N, d), counts (B,) -> B lists of token ids.
-
-        A beam search over (1 - weight) log p_LM + weight log p_CTC. The language model knows sentences; the CTC prefix
-        score, the probability of all paths that begin with a text, holds it to the sound: no loops, nothing invented.
-        beam is the hypotheses kept of each clip, choices the tokens tried for each of them: those that the language model
-        expects and some frame sounds like.
-        """
-        spoken = self.ctc(audio, self.embed.weight).log_softmax(-1)
-        silent = ~length_mask(counts, spoken.shape[1])[..., None]
-        spoken.masked_fill_(silent, -math.inf)
-        spoken[..., :1].masked_fill_(silent, 0)  # behind a clip's end all frames are blank for certain
-        heard = spoken[..., 1:].amax(1)  # (B, V): a token that no frame sounds like is not worth a try
-        spoken = spoken.cpu().numpy()
-        prompts = self.embed_prompt(audio, counts)
-        sizes = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        sees = length_mask(sizes, sizes.max())
-        out = self.decoder.base_model(inputs_embeds=pad_sequence(prompts, batch_first=True), attention_mask=sees, use_cache=True)
-        hidden, cache = out.last_hidden_state[torch.arange(len(sizes), device=self.device), sizes - 1], out.past_key_values
-        # All hypotheses of a clip share its row of the cache: their tokens make a tree, in which each sees its own branch.
-        rows = [(clip, (), 0.0) for clip in range(len(audio))]  # clip, classes, log p_LM; at first a single empty one
-        of = alive = np.arange(len(audio))  # the clip of every row; the clips in the cache
-        paths = prefix_start(spoken)
-        best = [((), -math.inf)] * len(audio)  # of the hypotheses that have ended
-        while True:
-            log_probs = self.decoder.get_output_embeddings()(hidden).float().log_softmax(-1)
-            ends = log_probs[:, self.tokenizer.eos_token_id].tolist()
-            log_probs = log_probs[:, self.ctc.tokens]
-            top = ((1 - weight) * log_probs + weight * heard[of]).topk(min(choices, len(self.ctc.tokens))).indices
-            classes = (top + 1).cpu().numpy()
-            last = np.array([found[-1] if found else 0 for _, found, _ in rows])
-            scores, grown = prefix_extend(spoken, of, paths, last, classes)
-            known = np.array([lm for *_, lm in rows])
-            lm = known[:, None] + log_probs.gather(1, top).cpu().double().numpy()
-            total = (1 - weight) * lm + weight * scores
-            whole = (1 - weight) * (known + ends) + weight * np.logaddexp(paths[:, -1, 0], paths[:, -1, 1])
-            chosen = []
-            for clip in alive.tolist():
-                mine = np.flatnonzero(of == clip)
-                for row in mine[whole[mine] > best[clip][1]]:
-                    best[clip] = max(best[clip], (rows[row][1], whole[row]), key=lambda pair: pair[1])
-                order = np.argsort(-total[mine], axis=None)[:beam]
-                picks = [(mine[i // total.shape[1]], i % total.shape[1]) for i in order]
-                chosen += [(row, i) for row, i in picks if total[row, i] > best[clip][1]]  # a longer one scores lower
-            if not chosen:
-                break
-            rows = [(rows[row][0], rows[row][1] + (classes[row, i],), lm[row, i]) for row, i in chosen]
-            paths = np.stack([grown[row, :, :, i] for row, i in chosen])
-            of = np.array([clip for clip, *_ in rows])
-            clips, place = np.unique(of, return_inverse=True)
-            if len(clips) < len(alive):
-                cache.batch_select_indices(torch.from_numpy(np.searchsorted(alive, clips)).to(self.device))
-            alive, slot = clips, torch.from_numpy(np.arange(len(of)) - np.searchsorted(of, of)).to(self.device)
-            sees = torch.cat([sees[[int(row) for row, _ in chosen]], F.one_hot(slot).bool()], dim=1)
-            tokens = torch.zeros(len(alive), slot.max() + 1, dtype=torch.int32, device=self.device)
-            tokens[place, slot] = self.ctc.tokens[[int(found[-1]) - 1 for _, found, _ in rows]]
-            mask = hidden.new_zeros(*tokens.shape, sees.shape[1])
-            mask[place, slot] = mask[place, slot].masked_fill(~sees, torch.finfo(mask.dtype).min)
-            positions = (sizes[alive, None] + len(rows[0][1]) - 1).expand(tokens.shape)
-            out = self.decoder.base_model(input_ids=tokens, position_ids=positions, attention_mask=mask[:, None], past_key_values=cache,
-                                          use_cache=True)
-            hidden = out.last_hidden_state[place, slot]
-        return [self.ctc.tokens[torch.tensor(found, dtype=torch.long) - 1].tolist() for found, _ in best]
-
-    @torch.no_grad()
-    def hear(self, audio, counts, decode=None):
-        """Transcripts of a batch: audio (B, N, d), counts (B,) -> B lists of token ids.
-
-        decode is "ctc", what the projector spells; "greedy", through the language model, which checks that as a draft;
-        or "joint", both together; by default what had the lowest WER when the checkpoint was trained. Where nothing is
-        spelled nobody speaks, and the language model is not asked. Where it loops or never ends, the clip is decoded once more,
-        jointly, and should that loop too the spelling stands.
-        """
-        spelled, decode = self.spell(audio, counts), decode or self.decode
-        spoken = [clip for clip, answer in enumerate(spelled) if answer]
-        if decode == "ctc" or not spoken:
-            return spelled
-        audio, counts = audio[spoken], counts[spoken]
-        if decode == "joint":
-            answers = self.search(audio, counts)
-        else:
-            answers = self.generate(audio, counts, drafts=self.respell([spelled[clip] for clip in spoken]))
-            lost = [i for i, limit in enumerate(self.token_limits(counts)) if loop_length(answers[i]) or len(answers[i]) >= limit]
-            for i, answer in zip(lost, self.search(audio[lost], counts[lost]) if lost else ()):
-                answers[i] = answer
-        for clip, answer in zip(spoken, answers):
-            spelled[clip] = spelled[clip] if loop_length(answer) else answer
-        return spelled
-
-    def segments(self, sources, decode=None, task="transcribe", words=False, batch_seconds=120):
-        """Transcribe sound of any length and number, in batches of pieces of at most 28 s.
-
-        Yields, in order and as they are ready, dicts: source (index), start, end (seconds), text, and words if asked
-        for; or source and error (an InputError) for what cannot be read.
-        """
-        pieces = self.pieces(sources)
-        while window := list(take_seconds(pieces, 4 * batch_seconds)):
-            heard = [piece for piece in window if "wave" in piece]
-            for batch in make_batches([piece["end"] - piece["start"] for piece in heard], batch_seconds):
-                batch = [heard[i] for i in batch]
-                audio, counts = self.listen([piece.pop("wave") for piece in batch])
-                answers = (self.hear(audio, counts, decode) if task == "transcribe" else
-                           self.generate(audio, counts, task, most=LONGEST_ANSWER))
-                for piece, answer, clip, count in zip(batch, answers, audio, counts.tolist()):
-                    piece["text"] = self.detokenize(answer)
-                    if words:
-                        piece["words"] = self.time_words(clip[:count], answer, piece["start"], piece["end"])
-            yield from window
-
-    def pieces(self, sources):
-        """Dicts source (index), start, end (seconds), wave (samples,), or source, error, of all sources in order."""
-        for index, source in enumerate(sources):
-            try:
-                for start, wave in split_audio(read_audio(source)):
-                    yield {"source": index, "start": start, "end": start + len(wave) / SAMPLE_RATE, "wave": wave}
-            except InputError as error:
-                yield {"source": index, "error": error}
-
-    def transcribe(self, source, decode=None, task="transcribe", batch_seconds=120):
-        """Text of one clip, or a list of texts for a list of clips: whatever `read_audio` takes, of any length.
-        decode is as in `hear`. Raises InputError for a clip that cannot be read."""
-        many = isinstance(source, (list, tuple))
-        texts = [[] for _ in (source if many else [source])]
-        for segment in self.segments(source if many else [source], decode, task, batch_seconds=batch_seconds):
-            if "error" in segment:
-                raise segment["error"]
-            texts[segment["source"]].append(segment["text"])
-        texts = [" ".join(filter(None, parts)) for parts in texts]
-        return texts if many else texts[0]
-
-    def stream(self, source=None, task="transcribe"):
-        """Text of one clip (whatever `read_audio` takes), in parts as the language model makes them, greedily; without a
-        source, its answer to `task`, which is then any text."""
-        most = None if task == "transcribe" else LONGEST_ANSWER
-        waves = (wave for _, wave in split_audio(read_audio(source))) if source is not None else [None]
-        gap = ""
-        for wave in waves:
-            audio, counts = self.listen([wave]) if wave is not None else (
-                torch.zeros(1, 0, self.ctc.blank.shape[0], device=self.device), torch.zeros(1, dtype=torch.long))
-            drafts = None
-            if task == "transcribe":
-                drafts = self.respell(self.spell(audio, counts))
-                if not drafts[0]:
-                    continue
-            done = ""
-            for answers in self.passes(audio, counts, task, drafts, most):
-                text = self.detokenize(answers[0])
-                text = text and gap + text
-                if not text.endswith("\ufffd"):  # in the midst of a character
-                    yield text[len(done):]
-                    done = text
-            if text != done:  # the answer ended there
-                yield text[len(done):]
-            gap = " " if text else gap
-
-    @torch.no_grad()
     def align(self, audio, ids):
-        """The most likely CTC path (Viterbi) through a given text: audio (N, d), L token ids -> for each token its first
-        frame, the frame after its last, and its mean probability. Any token of the decoder can be aligned."""
-        z = audio * self.ctc.log_temperature.exp()
-        logits = self.ctc(audio[None], self.embed.weight)[0]
-        total = logits.logsumexp(-1, keepdim=True)
-        words = (z.to(self.embed.weight.dtype) @ self.embed.weight[ids].T).float()
-        # States: blank, token, blank, token, ..., blank.
-        scores = torch.empty(len(audio), 2 * len(ids) + 1)
-        scores[:, 0::2] = (logits[:, :1] - total).cpu()
-        scores[:, 1::2] = (words - total).clamp(max=0).cpu()  # a token that the head lacks may exceed its total
-        scores = scores.double().numpy()
-        state = np.arange(scores.shape[1])
-        may_skip = (state % 2 == 1) & (state > 1)
-        may_skip[3::2] &= np.asarray(ids[1:]) != np.asarray(ids[:-1])
-        best, came = np.where(state < 2, scores[0], -np.inf), np.zeros(scores.shape, dtype=int)
-        for frame in range(1, len(scores)):
-            steps = np.stack([best, np.append(-np.inf, best[:-1]), np.where(may_skip, np.append([-np.inf] * 2, best[:-2]), -np.inf)])
-            came[frame] = steps.argmax(0)
-            best = steps.max(0) + scores[frame]
-        path = [len(state) - 1 if best[-1] >= best[-2] else len(state) - 2]
-        for frame in range(len(scores) - 1, 0, -1):
-            path.append(path[-1] - came[frame, path[-1]])
-        path = np.array(path[::-1])
-        spans = []
-        for token in range(len(ids)):
-            frames = np.flatnonzero(path == 2 * token + 1)
-            if len(frames) == 0:  # more tokens than frames: there is no path
-                return [(len(audio) * i // len(ids), len(audio) * (i + 1) // len(ids), 0.0) for i in range(len(ids))]
-            spans.append((int(frames[0]), int(frames[-1]) + 1, float(np.exp(scores[frames, 2 * token + 1]).mean())))
-        return spans
+        """audio (N, d), L token ids -> frames (L,) in which they are said, probabilities (L,).
+        The gradient of the CTC loss is p - posterior (Graves et al. 2006, eq. 16), and the
+        posterior of a token peaks where it is said."""
+        with torch.no_grad():
+            total = self.ctc(audio, self.embed.weight).logsumexp(-1, keepdim=True)
+            logits = self.ctc(audio, self.embed.weight, torch.tensor(ids, device=self.device))
+        log_probs, classes = (logits - total).cpu(), torch.arange(1, len(ids) + 1)
+        loss = F.ctc_loss(log_probs.requires_grad_()[:, None], classes[None], [len(audio)],
+                          [len(ids)], reduction="sum", zero_infinity=True)
+        gradient, probs = torch.autograd.grad(loss, log_probs)[0], log_probs.detach().exp()
+        frames = (probs - gradient)[:, 1:].argmax(0).cummax(0).values
+        return frames, probs[frames, classes]
 
-    def time_words(self, audio, ids, start, end):
-        """Words of an answer, L token ids, to audio (N, d) that lies between start and end: dicts word, start, end (seconds),
-        probability."""
-        if not ids:
-            return []
-        seconds, words = self.projector.stack / self.encoder.frame_rate, []
-        for token, span in zip(ids, self.align(audio, ids)):
-            if not words or token in self.word_starts:
-                words.append(([], []))
-            words[-1][0].append(token), words[-1][1].append(span)
-        return [{"word": self.detokenize(tokens), "start": round(start + spans[0][0] * seconds, 2),
-                 "end": round(min(start + spans[-1][1] * seconds, end), 2),
-                 "probability": round(float(np.mean([span[2] for span in spans])), 3)} for tokens, spans in words]
-
-    # ----------------------------------------------------------------------------------------------- save and load
-
-    def save(self, path):
-        """Write the trained part, a few MB: `projector.safetensors` (matrices in bfloat16), `config.json`, and, if there is a
-        low-rank update of the decoder, `lora.safetensors`, without which the rest can be used as well."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        rank = next(iter(self.lora.values())).a.shape[0] if self.lora else 0
-        config = {**self.names, "stack": self.projector.stack, "hidden": self.projector.hidden, "lora": rank, "decode": self.decode}
-        tensors = {name: tensor.bfloat16() if tensor.ndim == 2 else tensor for name, tensor in self.trained().items()}
-        for file, part in (("projector", ("projector.", "ctc.")), ("lora", "lora.")):
-            data = safetensors.torch.save({name: tensor for name, tensor in tensors.items() if name.startswith(part)})
-            if file == "projector" or self.lora:
-                write_whole(path / f"{file}.safetensors", lambda unfinished: unfinished.write_bytes(data))
-        write_whole(path / "config.json", lambda unfinished: unfinished.write_text(json.dumps(config, indent=2) + "\n"))
+    def save_pretrained(self, folder, notes=""):
+        """Write what is trained, matrices in bfloat16, config.json and a model card with notes."""
+        if self.config["lora"] and not self.lora:
+            raise ValueError("the low-rank update is merged into the decoder and cannot be saved")
+        tensors = {name: x.bfloat16() if x.ndim == 2 else x for name, x in self.trained().items()}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_file(Path(folder, "model.safetensors"), safetensors.torch.save(tensors))
+        write_file(Path(folder, "config.json"), json.dumps(self.config, indent=2) + "\n")
+        write_file(Path(folder, "README.md"), CARD.format(**self.config, notes=notes))
 
     @classmethod
-    def load(cls, path, device=None, dtype=None):
-        """A trained model from a folder that `save` wrote, or from a hub id that holds one."""
-        folder = Path(path)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-            folder = Path(from_hub(snapshot_download, locate(str(path), {}), allow_patterns=["*.safetensors", "config.json"]))
-        config = read_config(folder)
-        if not (folder / "lora.safetensors").exists():
-            config["lora"] = 0
+    def from_pretrained(cls, name, device=None, dtype=None, merge=True):
+        """A trained model, from a folder that `save_pretrained` wrote or from the Hub. merge=False
+        keeps a low-rank update apart, to train it; merged into the decoder it costs nothing."""
+        local = Path(name).is_dir()
+        folder = Path(name if local else fetch(huggingface_hub.snapshot_download, str(name)))
+        try:
+            config, tensors = json.loads((folder / "config.json").read_text()), {}
+            earlier = folder.glob("*.safetensors")  # projector and lora, of earlier versions
+            for file in list(folder.glob("model.safetensors")) or earlier:
+                tensors |= safetensors.torch.load_file(file)
+            if sorted(config) != ["decode", "decoder", "encoder", "hidden", "lora", "stack"]:
+                raise ValueError(f"config.json has the keys {', '.join(config)}")
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise InputError(f"{name} is no checkpoint: {first_line(error)}") from None
         model = cls(**config, device=device, dtype=dtype)
-        model.load_trained(folder)
-        with torch.no_grad():
-            for update in model.lora.values():
-                update.merge()
+        model.load_trained(tensors, name)
+        for layer, update in model.lora.items() if merge else ():
+            update.hook.remove()
+            weight = model.decoder.base_model.get_submodule(layer.replace("-", ".")).weight
+            weight.addmm_(update.b.detach().to(weight), update.a.detach().to(weight))
+        model.lora = nn.ModuleDict() if merge else model.lora
+        model.trained_size = sum(x.numel() for x in tensors.values() if x.is_floating_point())
         return model.eval()
 
-    def load_trained(self, folder):
-        """Take over the trained tensors of a checkpoint folder, e.g. to train them further on other data."""
-        file, expected = Path(folder) / "projector.safetensors", set(self.trained())
-        try:
-            tensors = safetensors.torch.load_file(file)
-            if self.lora and file.with_name("lora.safetensors").exists():
-                file = file.with_name("lora.safetensors")
-                tensors |= safetensors.torch.load_file(file)
-            else:  # a low-rank update starts from nothing
-                expected = {name for name in expected if not name.startswith("lora.")}
-            if tensors.keys() != expected:
-                raise KeyError(f"it holds {', '.join(tensors)}")
-            self.ctc.tokens = tensors["ctc.tokens"].to(self.device)  # of any number
-            self.load_state_dict(tensors, strict=False)
-        except Exception as error:
-            raise InputError(f"{file} is no checkpoint of this model: {first_line(error)}") from None
+    def load_trained(self, tensors, name):
+        """Take over what `trained` gave. Raises InputError, with a name, if it does not fit."""
+        tokens = tensors.get("ctc.tokens", self.ctc.tokens)
+        self.ctc.tokens = tokens.to(self.device)  # of any number
+        shapes = [{name: x.shape for name, x in part.items()} for part in (tensors, self.trained())]
+        if shapes[0] != shapes[1]:
+            raise InputError(f"{name} is no checkpoint: its tensors do not fit its config.json")
+        self.load_state_dict(tensors, strict=False)
 
+CARD = """---
+library_name: tiny-audio
+pipeline_tag: automatic-speech-recognition
+---
+# Tiny Audio: {encoder} -> {decoder}
 
-def read_config(folder):
-    """What a checkpoint's config.json says, a dict. Raises InputError for a file that is missing or says anything else."""
-    file = Path(folder) / "config.json"
-    try:
-        config = json.loads(file.read_text())
-        known = {"encoder", "decoder", "stack", "hidden", "lora", "decode"}
-        if set(config) != known:
-            raise ValueError(f"the keys must be {', '.join(sorted(known))}, and are {', '.join(config)}")
-        if config["decode"] not in DECODINGS:
-            raise ValueError(f"decode must be one of {', '.join(DECODINGS)}")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is no checkpoint's config: {first_line(error)}") from None
-    return config
+`TinyAudio.from_pretrained("this folder or its hub id").transcribe("file.wav")`
 
-
-def write_whole(path, write):
-    """Write a file under a temporary name and rename it, so that it is there whole or not at all."""
-    unfinished = Path(f"{path}.unfinished")
-    try:
-        write(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def read_whole_rows(path):
-    """The rows of a .jsonl that one of the scripts wrote, without a last one that a crash left unfinished."""
-    lines = Path(path).read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
-
-
-def realign(draft, token, word_starts):
-    """What is left of a draft behind a token that the decoder put in the place of its first: behind the same token if that
-    comes soon, else from the next word on."""
-    if token in draft[:4]:
-        return draft[draft.index(token) + 1:]
-    skip = 1 if token in word_starts else 0  # another word instead, or more of the word before
-    while skip < len(draft) and draft[skip] not in word_starts:
-        skip += 1
-    return draft[skip:]
-
-
-def take_seconds(pieces, seconds):
-    """The next pieces of a generator, until they hold so much sound."""
-    for piece in pieces:
-        yield piece
-        seconds -= piece.get("end", 0) - piece.get("start", 0)
-        if seconds <= 0:
-            return
-
-
-def prefix_start(log_probs):
-    """CTC log probabilities (B, N, 1 + V) -> paths (B, N, 2) of the empty text: the log probability up to each frame of all
-    paths that end in a token, and of those that end in a blank."""
-    blank = log_probs[:, :, 0].cumsum(1, dtype=np.float64)
-    return np.stack([np.full_like(blank, -np.inf), blank], axis=2)
-
-
-def prefix_extend(log_probs, of, paths, last, classes):
-    """CTC prefix scores of texts that are one token longer (Watanabe et al. 2017, algorithm 2).
-
-    Parameters: log_probs (B, N, 1 + V); of R texts: of (R,), their clips; paths (R, N, 2); last (R,), their last tokens, 0 for
-    none; classes (R, K), the tokens to append.
-    Returns scores (R, K), log p of all that begins with the longer text, and its paths (R, N, 2, K).
-    """
-    emitted = log_probs[of[:, None, None], np.arange(paths.shape[1])[:, None], classes[:, None]]
-    blank = log_probs[of, :, :1]
-    # Behind the same token a new one needs a blank between.
-    before = np.where(classes[:, None] == last[:, None, None], paths[:, :, 1:], np.logaddexp(paths[:, :, :1], paths[:, :, 1:]))
-    grown = np.full((*paths.shape, classes.shape[1]), -np.inf)
-    grown[:, 0, 0] = np.where(last[:, None] == 0, emitted[:, 0], -np.inf)
-    for frame in range(1, paths.shape[1]):
-        token, silence = grown[:, frame - 1, 0], grown[:, frame - 1, 1]
-        grown[:, frame, 0] = np.logaddexp(token, before[:, frame - 1]) + emitted[:, frame]
-        grown[:, frame, 1] = np.logaddexp(token, silence) + blank[:, frame]
-    starts = np.concatenate([grown[:, :1, 0], before[:, :-1] + emitted[:, 1:]], axis=1)
-    return np.logaddexp.reduce(starts, axis=1), grown
-
-
-def loop_length(ids):
-    """How many tokens at the end of `ids` only repeat what stands before them, if that is a loop (else 0): the same
-    1 to 24 tokens three times over and at least eight tokens long."""
-    for size in range(1, 25):
-        times = max(3, math.ceil(8 / size))
-        if ids[-times * size:] == ids[-size:] * times:
-            return (times - 1) * size
-    return 0
-
-
-# ------------------------------------------------------------------------------------------------------------- data
-
-TAGS = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}  # as GigaSpeech writes them
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
-
-
-def clean_text(text):
-    """Reference text as it is trained on: ALL CAPS lower-cased, tags turned into punctuation or dropped."""
-    for tag, mark in TAGS.items():
-        text = text.replace(f" {tag}", mark).replace(tag, mark)
-    text = re.sub(r"<[^<>]*>|\[[^\[\]]*\]", " ", text)  # <inaudible>, [noise]
-    text = " ".join(text.split())
-    return text.lower() if text.isupper() else text
-
-
-def read_clips(pattern):
-    """Clips of .jsonl, .csv, .tsv (columns audio, text), .parquet (an audio column with bytes or path) or a folder.
-
-    Parameters: pattern, a path, glob or comma-separated list of them. Relative audio paths start at the file's folder;
-    in a folder each audio file has its text beside it, in a .txt of the same name.
-    Returns a list of dicts: name, audio (path or bytes), text (cleaned).
-    Raises InputError for a file that is missing, of another kind, or without these columns.
-    """
-    clips = []
-    for part in [pattern] if Path(pattern).exists() else map(str.strip, pattern.split(",")):
-        for file in map(Path, sorted(glob.glob(part, recursive=True)) or [part]):
-            for number, row in enumerate(read_rows(file), 1):
-                if not isinstance(row, dict) or not {"audio", "text"} <= row.keys():
-                    raise InputError(f"{file}: row {number} has no column audio or no column text")
-                audio = row["audio"]
-                if isinstance(audio, dict):  # as Hugging Face datasets keep audio: its bytes, or where they are
-                    audio = audio.get("bytes") or audio.get("path")
-                if isinstance(audio, str):
-                    audio = str(file.parent / audio)
-                name = audio if isinstance(audio, str) else f"{file}#{number}"
-                clips.append({"name": name, "audio": audio, "text": clean_text("" if row["text"] is None else str(row["text"]))})
-    return clips
-
-
-def read_rows(file):
-    """The rows of one data file, as dicts."""
-    try:
-        if file.is_dir():
-            texts = sorted(file.rglob("*.txt"))
-            return [{"audio": str(path.relative_to(file.parent)), "text": text.read_text("utf-8-sig")}
-                    for text in texts for path in sorted(text.parent.glob(f"{glob.escape(text.stem)}.*"))
-                    if path.suffix.lower() in AUDIO_SUFFIXES and path.stem == text.stem]
-        if file.suffix == ".jsonl":
-            with open(file, encoding="utf-8-sig") as lines:
-                return [json.loads(line) for line in lines if line.strip()]
-        if file.suffix in (".csv", ".tsv"):
-            with open(file, newline="", encoding="utf-8-sig") as lines:
-                return list(csv.DictReader(lines) if file.suffix == ".csv" else
-                            csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-        if file.suffix == ".parquet":
-            import pyarrow.parquet
-            return pyarrow.parquet.read_table(file).to_pylist()
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{file}: {first_line(error)}") from None
-    raise InputError(f"{file}: no such file, or not .jsonl, .csv, .tsv, .parquet or a folder")
-
-
-def make_batches(seconds, batch_seconds, rng=None):
-    """Lists of indices of clips of similar length; longest clip times clips is at most `batch_seconds`.
-
-    Parameters: seconds, the length of every clip; rng, a numpy Generator that shuffles, or None for longest first.
-    """
-    if len(seconds) == 0:
-        return []
-    seconds = np.asarray(seconds, dtype=float)
-    order = np.argsort(-seconds * (rng.uniform(0.9, 1.1, len(seconds)) if rng else 1), kind="stable")
-    batches, longest = [[]], 0.0
-    for index in order.tolist():
-        longest = max(longest, seconds[index])
-        if batches[-1] and longest * (len(batches[-1]) + 1) > batch_seconds:
-            batches.append([])
-            longest = seconds[index]
-        batches[-1].append(index)
-    return [batches[i] for i in rng.permutation(len(batches))] if rng else batches
+{notes}
+"""

@@ -1,153 +1,265 @@
-"""train.py and sample.py as a user runs them, on toy backbones."""
+"""sample.py, eval.py and bench.py on toy backbones, and the size of the project."""
 
+import ast
+import io
+import itertools
 import json
+import random
 import re
-import signal
 import subprocess
 import sys
-import time
+import tokenize
 
-import numpy as np
+import datasets
+import jiwer
 import pytest
-import safetensors.torch
 import soundfile
 import torch
-from conftest import ROOT, run, tone
+from conftest import ROOT, SENTENCES, tone
 
-from train import no_speech
+import bench
+import eval
+import sample
+from data import InputError, read_audio
+from tinyaudio import TinyAudio
 
+@pytest.fixture(scope="module")
+def talker(toys, tmp_path_factory):
+    """A checkpoint that is untrained and says something at any sound."""
+    torch.manual_seed(0)
+    model = TinyAudio(toys["whisper"], toys["llama"], decode="ctc", device="cpu")
+    model.set_ctc_tokens(SENTENCES)
+    model.ctc.bias.data -= 10
+    folder = str(tmp_path_factory.mktemp("talker"))
+    model.save_pretrained(folder)
+    return folder
 
-def losses(out):
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row["norm"], row["lr"]) for row in rows if "loss" in row]
+@pytest.fixture
+def say(talker, capsys):
+    """Run sample.py with the talker: status, lines on stdout, lines on stderr."""
+    def say(*flags):
+        status = sample.main([*map(str, flags), "--model", talker])
+        printed = capsys.readouterr()
+        return status, printed.out.splitlines(), printed.err.splitlines()
+    return say
 
+def write(path, seconds=1.0, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, tone(seconds, seed), 16_000)
+    return path
 
-def test_training_logs_validates_and_saves(trained):
-    out, done = trained
-    assert sorted(file.name for file in out.iterdir()) == ["config.json", "log.jsonl", "lora.safetensors",
-                                                           "projector.safetensors", "state.pt"]
-    steps = losses(out)
-    assert [step for step, *_ in steps] == list(range(1, 17))
-    assert steps[7][1] < steps[0][1] and steps[15][1] < steps[8][1]  # both phases learn
-    rates = [rate for *_, rate in steps]
-    assert rates[:2] == [5e-4, 1e-3] and rates[8:10] == [2.5e-3, 5e-3] and rates[7] < 2e-4 and rates[15] < 1e-3  # warm-up, cosine
-    assert len(re.findall(r"WER \d", done.stdout)) == 4
-    for word in ("phase 1", "phase 2", "norm", "real time", "mfu", "padding", "left"):
-        assert word in done.stdout
-    assert "broken.wav, which is not readable audio" in done.stderr and "left out 1 clips not readable audio" in done.stdout
+def test_one_file_and_broken_ones_among_many(say, tmp_path, monkeypatch):
+    files = [write(tmp_path / f"{seed}.flac", 1 + seed, seed) for seed in range(3)]
+    status, [text], errors = say(files[0])
+    assert status == 0 and text.strip() and "\t" not in text and not errors
+    with open(files[0], "rb") as file:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+        assert say("-") == (0, [text], [])
+    broken = [tmp_path / name for name in ("text.wav", "empty.wav", "missing.wav")]
+    broken[0].write_text("no sound")
+    broken[1].touch()
+    status, lines, errors = say(*itertools.chain(*zip(files, broken)))
+    assert status == 1
+    assert all(str(path) in error for path, error in zip(broken, errors, strict=True))
+    paths, texts = zip(*(line.split("\t") for line in lines))
+    assert paths == tuple(map(str, files)) and texts[0] == text and len(set(texts)) == 3
 
+def test_a_task_is_another_question(say, tmp_path):
+    path = write(tmp_path / "a.wav", 2)
+    assert say(path, "--task", "call <audio>")[1] != say(path, "--task", "light <audio>")[1]
+    with pytest.raises(SystemExit):
+        say(path, "--task", "Summarise")
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_run_that_is_stopped_and_resumed_equals_one_that_was_not(train_flags, tmp_path, kept, trained):
-    flags = [*train_flags, *([] if kept else ["--keep-frames", 0])]
-    whole = tmp_path / "whole"
-    if kept:
-        whole = trained[0]
-    else:
-        run("train.py", *flags, "--out", whole)
-    out = tmp_path / "stopped"
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags), "--out", str(out)], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for line in process.stdout:
-        if line.startswith(f"step {'5' if kept else '11'}/"):
-            process.send_signal(signal.SIGTERM if kept else signal.SIGINT)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == (143 if kept else 130) and "--resume" in rest
-    assert len(losses(out)) < 16
-    with open(out / "log.jsonl", "a") as file:  # what a later crash would have left
-        file.write(json.dumps({"step": 15, "loss": 0.0, "norm": 0.0, "lr": 0.0}) + "\n")
-    run("train.py", "--resume", out)
-    assert losses(out) == losses(whole)
-    assert (out / "projector.safetensors").read_bytes() == (whole / "projector.safetensors").read_bytes()
+def test_a_folder_is_done_once(say, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    write(source / "a.wav")
+    write(source / "deep" / "b.flac")
+    (source / "broken.wav").touch()
+    a, b = out / "a.txt", out / "deep" / "b.txt"
+    assert say(source, "--out", out)[:2] == (1, [str(a), str(b)])
+    assert a.read_text() == say(source / "a.wav")[1][0] + "\n"
+    a.write_text("mine")
+    b.unlink()
+    assert say(source, "--out", out)[1] == [str(b)] and a.read_text() == "mine"
+    with pytest.raises(InputError, match="same name"):
+        say(source / "a.wav", write(tmp_path / "a.flac"), "--out", tmp_path / "more")
 
+def test_formats(say, tmp_path):
+    path = write(tmp_path / "a.wav", 40)
+    whole = json.loads(say(path, "--format", "json")[1][0])
+    assert whole["file"] == str(path) and whole["duration"] == 40 and len(whole["segments"]) == 2
+    assert " ".join(word["word"] for word in whole["words"]) == whole["text"]
+    for first, word in itertools.pairwise([{"start": 0}, *whole["words"]]):
+        assert first["start"] <= word["start"] < word["end"] <= 40.1
+    srt = "\n".join(say(path, "--format", "srt")[1]) + "\n"
+    cues = re.findall(r"(\d+)\n00:00:(\d\d,\d{3}) --> 00:00:(\d\d,\d{3})\n(.+)\n\n?", srt)
+    assert [int(number) for number, *_ in cues] == list(range(1, len(cues) + 1))
+    assert " ".join(text for *_, text in cues) == whole["text"]
+    times = [time for _, start, end, _ in cues for time in (start, end)]
+    assert times == sorted(times) and times[-1] < "40,100"
+    vtt = "\n".join(say(path, "--format", "vtt")[1])
+    assert vtt.startswith("WEBVTT\n\n00:00:") and vtt.count(" --> ") == len(cues)
+    assert sample.clock(3661.0006) == "01:01:01.001" and sample.clock(59.9996) == "00:01:00.000"
+    words = [{"word": "word", "start": x, "end": x + 0.4} for x in (0, *range(2, 60))]
+    cues = sample.make_cues(words)  # end at pauses, and before they are too long
+    assert cues[0] == [0, 0.4, "word"]
+    assert all(end - start <= 6 and len(text) <= 80 for start, end, text in cues)
 
-def test_a_killed_run_can_be_resumed(train_flags, tmp_path):
-    out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, train_flags), "--out", str(out)], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (out / "state.pt").exists() and time.time() < deadline:
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    run("train.py", "--resume", out)
-    assert [step for step, *_ in losses(out)] == list(range(1, 17))
+def test_a_long_file_is_printed_while_it_is_read(say, tmp_path, capsys, monkeypatch):
+    def read(source):
+        for block in read_audio(source):
+            printed.append(capsys.readouterr().out)
+            yield block
+    printed = []
+    monkeypatch.setattr(sample, "read_audio", read)
+    rest = say(write(tmp_path / "a.wav", 100))[1]
+    assert len(printed) == 10 and "".join(printed[:8]).strip() and rest
 
+@pytest.fixture
+def judge(tmp_path, monkeypatch, capsys):
+    """Run eval.py on clips with these references, with a recogniser that says these texts, takes
+    27 s for each batch and crashes when it has no more. Returns what is printed."""
+    def judge(references, texts, *flags):
+        said, facts = iter(texts), ("enc", "dec", "1.2M")
+        rows = [json.dumps({"audio": "a.wav", "text": text}) for text in references]
+        (tmp_path / "mine.jsonl").write_text("\n".join(rows))
+        recognizer = lambda waves: [next(said) for _ in waves]
+        monkeypatch.setattr(eval, "load_recognizer", lambda *_: (recognizer, facts))
+        capsys.readouterr()
+        eval.main(["org/model", "--dataset", "mine.jsonl", *flags])
+        return capsys.readouterr().out
+    write(tmp_path / "a.wav", 0.2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.perf_counter", itertools.count(0, 27).__next__)
+    return judge
 
-def test_one_phase_recipe_and_init_from(train_flags, trained, tmp_path):
-    plain = run("train.py", *train_flags, "--ctc-steps", 0, "--ctc-weight", 0, "--hidden", 16, "--out", tmp_path / "plain")
-    assert "phase 1" not in plain.stdout
-    more = run("train.py", *train_flags, "--init-from", trained[0], "--out", tmp_path / "more")
-    assert losses(tmp_path / "more")[0][1] < losses(trained[0])[0][1] and more.returncode == 0
-    run("train.py", *train_flags, "--init-from", tmp_path / "plain", "--ctc-steps", 0, "--steps", 1, "--out", tmp_path / "narrow")
-    assert json.loads((tmp_path / "narrow" / "config.json").read_text())["hidden"] == 16
+def test_wer_is_that_of_jiwer_on_normalised_texts():
+    rng, normalize = random.Random(0), eval.NORMALIZERS["english"]
+    words = "twenty one,2,$3.50,1990s,it's,it is,can't,colour,um,Mr. Smith,the,(laughs),naïve,OK"
+    references = [" ".join(rng.choices(words.split(","), k=rng.randrange(9))) for _ in range(200)]
+    heard = [" ".join(w for w in text.split() if rng.random() > 0.2) for text in references]
+    kept = [(normalize(r), normalize(h)) for r, h in zip(references, heard) if normalize(r)]
+    assert eval.corpus_wer(references, heard) == jiwer.wer(*map(list, zip(*kept)))
+    references = ["It's GOOD", "", "ignore_time_segment_in_scoring"]
+    assert eval.corpus_wer(references, ["it is good", "x", "x"]) == 0
+    assert eval.score("A.", "a", "none")["errors"] == 1
 
+def test_what_eval_prints_and_writes(judge, tmp_path):
+    said = "sun moon sea land " * 5
+    texts = [said.split(" ", 3 if i < 49 else 2)[-1] for i in range(100)]
+    printed = judge([said] * 100, texts, "--leaderboard", "Toy", "--worst", "2")
+    for words in ("Sample 2: WER = 15.00%, Time = 1.35s\n  Ref:  sun moon sea land sun",
+                  "CHECKPOINT @ 100 samples:\n  Corpus WER: 12.45%\n  Avg Time/Sample: 1.35s\n",
+                  "| Toy | enc | dec | 1.2M | mine | 100 | 12.45 ± 0."):
+        assert f"\n{words}" in printed
+    assert printed.count("WER 15%\n") == 2 and "***" in printed  # word by word
+    out = tmp_path / "outputs" / "eval_mine_org-model"
+    assert {file.name for file in out.iterdir()} == {"results.txt", "results.jsonl", "summary.json"}
+    assert json.loads((out / "summary.json").read_text())["deletions"] == 249
+    assert (out / "results.txt").read_text().count("\nRef:") == 100
 
-def test_init_from_several_takes_their_mean(train_flags, trained, tmp_path):
-    a, b, mean = trained[0], tmp_path / "b", tmp_path / "mean"
-    run("train.py", *train_flags, "--init-from", a, "--ctc-steps", 0, "--steps", 2, "--out", b)
-    config = json.loads((b / "config.json").read_text())
-    (b / "config.json").write_text(json.dumps({**config, "decode": "joint"}))
-    run("train.py", *train_flags, "--init-from", f"{b},{a}", "--ctc-steps", 0, "--steps", 0, "--out", mean)
-    assert json.loads((mean / "config.json").read_text())["decode"] == "joint"
-    for file in ("projector.safetensors", "lora.safetensors"):
-        first, second, both = (safetensors.torch.load_file(folder / file) for folder in (a, b, mean))
-        for name, tensor in both.items():
-            expected = first[name] if name == "ctc.tokens" else ((first[name].float() + second[name].float()) / 2).to(tensor.dtype)
-            assert torch.equal(tensor, expected), name
-    (b / "lora.safetensors").unlink()
-    done = run("train.py", *train_flags, "--init-from", f"{a},{b}", "--out", tmp_path / "mixed", check=False)
-    assert done.returncode == 1 and "some have not" in done.stderr.splitlines()[-1]
-    done = run("train.py", *train_flags, "--init-from", f"{a},{tmp_path / 'nowhere'}", "--out", tmp_path / "missing", check=False)
-    assert done.returncode == 1 and "nowhere" in done.stderr.splitlines()[-1] and "no checkpoint" in done.stderr.splitlines()[-1]
+def test_an_interrupted_evaluation_goes_on(judge, tmp_path):
+    references, texts = ["sun moon"] * 50, random.Random(0).choices(["sun", "sun moon"], k=50)
+    judge(references, texts, "--out", "whole")
+    with pytest.raises(StopIteration):
+        judge(references, texts[:45], "--out", "parts")
+    with open("parts/results.jsonl", "a") as file:
+        file.write('{"name": "cut o')
+    flags = ["--out", "parts", "--resume"]
+    with pytest.raises(InputError, match="other clips or flags"):
+        judge(references, texts[40:], *flags, "--normalizer", "none")
+    assert "Sample 40:" not in judge(references, texts[40:], *flags)
+    whole, parts = ((tmp_path / name / "results.jsonl").read_text() for name in ("whole", "parts"))
+    assert whole == parts and whole.count("\n") == 50
+    with pytest.raises(InputError, match="no clip of mine.jsonl could be scored"):
+        judge(["", "[noise]"], ["one", "two"])
 
+def test_compare(tmp_path, capsys):
+    for name, errors in (("a", [0, 1, 2, 0]), ("b", [0, 1, 3, 1])):
+        rows = [json.dumps({"name": i, "errors": e, "words": 5}) for i, e in enumerate(errors)]
+        (tmp_path / name).write_text("\n".join(rows[::-1 if name == "b" else 1]) + "\n")
+    eval.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    expected = r"15\.00%.* 25\.00%.*4 clips.* B - A \+10\.00% \(95 % \+0\.00% to \+20\.00%\)"
+    assert re.search(expected, capsys.readouterr().out, re.S)
 
-@pytest.mark.parametrize("flags, message", [
-    (["--dataset", "missing.jsonl"], "missing.jsonl"),
-    (["--dataset", "assets/quickstart/test.jsonl", "--encoder", "nothing"], "nothing is no model"),
-    (["--dataset", "assets/quickstart/test.jsonl", "--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
-    (["--resume", "missing"], "missing has no run to resume"),
-    (["--resume", "missing", "--lr", "1"], "--resume takes no other flag"),
-    (["--device", "cpu"], "speechbrain/LoquaciousSet"),
-])
-def test_wrong_flags_are_one_line(flags, message):
-    done = run("train.py", *flags, check=False)
-    assert done.returncode and message in done.stderr.splitlines()[-1]
+def test_of_a_benchmark_only_what_is_needed_is_streamed(judge, monkeypatch, tmp_path):
+    def rows():
+        for i in range(5000):
+            taken.append(i)
+            yield {"audio": {"bytes": sound, "path": None}, "text": f"number {i}"}
+    taken, sound = [], (tmp_path / "a.wav").read_bytes()
+    stream = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(eval, "open_stream", lambda *names: stream)
+    printed = judge([], ["x"] * 10, "--dataset", "librispeech", "--max-samples", "10")
+    numbers = [int(number) for number in re.findall(r"Ref:  number (\d+)", printed)]
+    assert len(numbers) == 10 and max(numbers) > 100 and 1000 <= len(taken) <= 1100
+    assert (tmp_path / "outputs" / "eval_librispeech-librispeech-test.clean_org-model").is_dir()
 
+def test_whisper_by_itself_and_broken_clips(toys, dataset, tmp_path, capsys):
+    eval.main([toys["whisper-own"], "--dataset", dataset, "--out", str(tmp_path)])
+    assert "25 samples (seed 0), 1 failed" in capsys.readouterr().out
+    rows = list(map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines()))
+    [failed] = [row for row in rows if row["failed"]]
+    assert "broken.wav" in failed["failed"] and failed["deletions"] == failed["words"] > 0
+    assert sum(row["time"] > 0 for row in rows) == 24
 
-def test_no_speech_clips_are_sound_without_text():
-    clips = no_speech(40, seed=0)
-    assert all(np.isfinite(clip["audio"]).all() and np.abs(clip["audio"]).max() <= 1 and clip["text"] == "" for clip in clips)
-    assert all(len(clip["audio"]) == pytest.approx(16_000 * clip["seconds"]) and 1 <= clip["seconds"] <= 12 for clip in clips)
-    assert min(np.abs(clip["audio"]).max() for clip in clips) < 0.01 and max(np.abs(clip["audio"]).max() for clip in clips) > 0.5
-    assert [clip["seconds"] for clip in no_speech(40, seed=0)] == [clip["seconds"] for clip in clips]
+def test_all_ways_of_training_have_the_same_loss(toys):
+    model = TinyAudio(toys["whisper"], toys["llama"], device="cpu", dtype=torch.float32)
+    waves = [tone(30, seed) for seed in range(4)]  # of 30 s: there is nothing to pad
+    clips = [{"wave": wave, "answer": model.tokenize(text), "seconds": 30,
+              "frames": model.encoder([wave])[0][0]} for wave, text in zip(waves, SENTENCES)]
+    loss = bench.train_epoch(model, [clips], 2)
+    assert bench.train_epoch(model, [clips[:1], clips[1:]], 2) == pytest.approx(loss, rel=1e-4)
+    assert bench.train_epoch(model, [clips], 2, naive=True) == pytest.approx(loss, rel=1e-4)
+    flops = [bench.model_flops(model, clips[:count], 0.1, 1) for count in range(1, 5)]
+    assert 0 < flops[0] and flops == sorted(set(flops))
 
+def test_what_bench_prints(talker, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "matmul_flops", lambda *_: 1e12)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)  # takes minutes
+    bench.main(["--model", talker, "--clips", "2", "--batch", "1", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert "\n| joint, batch 1 |" in printed and re.search(r"\nphase 2: \d+\.\dx naive", printed)
+    bench.main(["--plan", "--encoder", "hubert", "--decoder", "qwen3-8b"])
+    printed = capsys.readouterr().out
+    assert re.search(r"\b962M\b.* 12\.94M .* 8191M\b.* 0\.14%", printed)
+    assert re.search(r"4090.* no \|\n.*A40.* yes \|\n.*A100.* yes \|\n.*H100.* yes \|", printed)
 
-def test_a_finished_run_is_not_overwritten(train_flags, trained):
-    done = run("train.py", *train_flags, "--out", trained[0], check=False)
-    assert done.returncode == 1 and "--resume" in done.stderr
+def test_scripts_start_without_modules_of_posix_and_errors_are_one_line():
+    posix = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            assert not posix & {getattr(node, "module", ""), getattr(node, "name", "")}, path
+    code = f"""import runpy, sys
+sys.modules |= dict.fromkeys({posix})
+import demo
+for command in sys.argv[1:]:
+    sys.argv = command.split()
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        print(end.code)"""
+    commands = ["sample.py x.wav --model missing", "eval.py missing --dataset missing.jsonl",
+                "bench.py --model missing", "train.py --resume missing"]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *commands], cwd=ROOT,
+                          text=True, capture_output=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 and not done.stderr, done.stderr
+    for command, line in zip(commands, lines):
+        assert line.startswith(command.split()[0] + ": ") and "missing" in line
 
-
-def test_sample_prints_text_alone_or_with_paths_and_goes_on_past_bad_files(trained, tmp_path):
-    soundfile.write(tmp_path / "a.wav", tone(1), 16_000)
-    soundfile.write(tmp_path / "ä b.flac", np.stack([tone(2, 1)] * 3, 1), 96_000)
-    (tmp_path / "text.wav").write_text("not audio")
-    (tmp_path / "empty.wav").write_bytes(b"")
-    model = ["--model", trained[0], "--device", "cpu"]
-    one = run("sample.py", tmp_path / "a.wav", *model)
-    assert one.stdout.count("\n") == 1 and "\t" not in one.stdout and one.stderr == ""
-    names = ["a.wav", "text.wav", "ä b.flac", "empty.wav", "missing.wav"]
-    many = run("sample.py", *(tmp_path / name for name in names), *model, check=False)
-    assert many.returncode == 1
-    rows = [line.split("\t") for line in many.stdout.splitlines()]
-    assert [path for path, _ in rows] == [str(tmp_path / "a.wav"), str(tmp_path / "ä b.flac")]
-    assert rows[0][1] == one.stdout.strip()
-    errors = many.stderr.splitlines()
-    assert len(errors) == 3 and all(name in error for name, error in zip(("text.wav", "empty.wav", "missing.wav"), errors))
-
-
-def test_sample_with_a_checkpoint_that_is_none(tmp_path):
-    soundfile.write(tmp_path / "a.wav", tone(1), 16_000)
-    done = run("sample.py", tmp_path / "a.wav", "--model", tmp_path, check=False)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "config.json" in done.stderr
+def test_the_project_stays_small():
+    limits = {"data.py": 230, "offline.py": 120, "tinyaudio.py": 450, "train.py": 380,
+              "sample.py": 160, "eval.py": 210, "demo.py": 130, "bench.py": 180,
+              "*.py": 1850, "tests/*.py": 1300, "README.md": 220}
+    faults, sizes = [], {}
+    for pattern, limit in limits.items():
+        text = "".join(path.read_text("utf-8") for path in ROOT.glob(pattern))
+        lines, sizes[pattern] = text.splitlines(), len(text.encode())
+        faults += [f"{pattern} has {len(lines)} lines"] if len(lines) > limit else []
+        if pattern.endswith(".py"):
+            faults += [f"{pattern}, too wide: {line}" for line in lines if len(line) > 100]
+            faults += [f"{pattern}, two statements: {token.line}" for token in
+                       tokenize.generate_tokens(io.StringIO(text).readline) if token.string == ";"]
+    assert {path.name for path in ROOT.glob("*.py")} < limits.keys() and not faults, faults
+    assert sizes["*.py"] <= 92_000 and sizes["README.md"] <= 14_000, sizes

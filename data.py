@@ -1,0 +1,246 @@
+"""Sound and text in: waveforms, rows of data files and of the Hub, batches, augmentation.
+Nothing here knows of models. Every other file gets its sound and its rows from this one."""
+import csv
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+SAMPLE_RATE = 16_000  # Hz
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+AUDIO_COLUMNS = ("audio", "wav", "file_name", "audio_filepath", "path")
+TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")
+MARKS = {"COMMA": ",", "PERIOD": ".", "QUESTIONMARK": "?", "EXCLAMATIONPOINT": "!"}
+
+class InputError(Exception):
+    """Something that the user can mend. The scripts print it as one line, without a traceback."""
+
+def first_line(error):
+    return getattr(error, "strerror", None) or (str(error).strip() or repr(error)).splitlines()[0]
+
+def load_audio(source, sample_rate=SAMPLE_RATE):
+    """What `read_audio` takes -> float32 array (samples,), mono, 16 kHz."""
+    return np.concatenate(list(read_audio(source, sample_rate)))
+
+def read_audio(source, sample_rate=SAMPLE_RATE):
+    """Yields sound of any length as float32 arrays (samples,), mono, 16 kHz, of about 10 s.
+    source is a path, bytes or file object of what libsndfile reads; or an array or tensor
+    (samples,), (samples, channels) or (channels, samples), float in [-1, 1] or integer, of
+    sample_rate in Hz. Raises InputError."""
+    name = source if isinstance(source, (str, Path)) else "audio input"
+    resampler, total = None, 0
+    try:
+        for block, rate in read_blocks(source, sample_rate):
+            if not np.isfinite(block).all():
+                raise ValueError("holds samples that are not numbers")
+            total += len(block)
+            mono = block.mean(axis=1)
+            if rate != SAMPLE_RATE:
+                resampler = resampler or soxr.ResampleStream(rate, SAMPLE_RATE, 1)
+                mono = resampler.resample_chunk(mono)
+            yield mono
+        if resampler:
+            yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+    except soundfile.LibsndfileError as error:
+        raise InputError(f"{name}: not readable as audio ({error.error_string})") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: {first_line(error)}") from None
+    if not total:
+        raise InputError(f"{name}: no sound in it (0 samples)")
+
+def read_blocks(source, sample_rate):
+    """Yields (float32 array (samples, channels), its rate in Hz), about 10 s at a time."""
+    if isinstance(source, (str, Path)):
+        with open(source, "rb") as file:
+            yield from read_blocks(file, sample_rate)
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        yield from read_blocks(io.BytesIO(source), sample_rate)
+    elif hasattr(source, "read"):
+        with soundfile.SoundFile(source) as file:
+            size = 10 * file.samplerate
+            while len(block := file.read(size, dtype="float32", always_2d=True)):
+                yield block, file.samplerate
+    else:
+        yield as_samples(source), sample_rate
+
+def as_samples(array):
+    """Array or tensor -> float32 (samples, channels) in [-1, 1]. The longer dimension is time."""
+    array = array.detach().cpu() if hasattr(array, "detach") else array
+    samples = np.asarray(array)
+    if samples.ndim not in (1, 2) or not samples.size or samples.dtype.kind not in "fiu":
+        raise ValueError(f"{samples.dtype} of shape {samples.shape} is not one clip of sound")
+    samples = samples[:, None] if samples.ndim == 1 else samples
+    samples = samples.T if samples.shape[0] < samples.shape[1] else samples
+    if samples.dtype.kind != "f":
+        limits = np.iinfo(samples.dtype)
+        half = (limits.max - limits.min + 1) / 2
+        samples = (samples - (limits.min + half)) / half
+    return samples.astype(np.float32)
+
+def split_audio(blocks, shortest=15.0, longest=28.0):
+    """Cut a stream of arrays into pieces of at most `longest` seconds, at the quietest 0.1 s.
+    Yields the start of each piece in seconds, and its samples."""
+    rest, start, window = np.zeros(0, np.float32), 0, SAMPLE_RATE // 10
+    first, last = int(shortest * SAMPLE_RATE), int(longest * SAMPLE_RATE)
+    for block in blocks:
+        rest = np.concatenate([rest, block])
+        while len(rest) > last:
+            energy = np.square(rest[first:last]).reshape(-1, window).mean(axis=1)
+            cut = first + int(energy.argmin()) * window + window // 2
+            yield start / SAMPLE_RATE, rest[:cut]
+            rest = rest[cut:]
+            start += cut
+    yield start / SAMPLE_RATE, rest
+
+def clean_text(text):
+    """Reference text as it is trained on: tags become punctuation or are dropped, and a text that
+    is ALL CAPS becomes lower case, even if it is one acronym."""
+    text = re.sub(rf" ?<({'|'.join(MARKS)})>", lambda tag: MARKS[tag[1]], text)  # of GigaSpeech
+    text = re.sub(r"<[\w|/-]+>|\[[\w -]+\]", " ", text)  # <inaudible>, [background noise]
+    text = " ".join(text.split())
+    return text.lower() if text.isupper() else text
+
+def read_clips(pattern):
+    """Clips of .jsonl, .csv, .tsv or .parquet files, or of a folder with a .txt beside each audio
+    file: dicts name, audio (path or bytes), text (cleaned). pattern is a path, a glob, or several
+    with commas between. Audio paths are relative to the file. Raises InputError."""
+    clips = []
+    for part in [pattern] if Path(pattern).exists() else map(str.strip, pattern.split(",")):
+        for file in map(Path, sorted(glob.glob(part, recursive=True)) or [part]):
+            for number, row in enumerate(read_rows(file), 1):
+                clip = to_clip(row, f"{file}#{number}")
+                if isinstance(clip["audio"], str):
+                    clip["audio"] = clip["name"] = str(file.parent / clip["audio"])
+                clips.append(clip)
+    return clips
+
+def read_rows(file):
+    """The rows of one data file or folder, as dicts."""
+    try:
+        if file.is_dir():
+            texts = [(text, audio) for text in sorted(file.rglob("*.txt"))
+                     for audio in sorted(text.parent.iterdir()) if audio.stem == text.stem]
+            return [{"audio": str(audio.relative_to(file.parent)),
+                     "text": text.read_text("utf-8-sig")} for text, audio in texts
+                    if audio.suffix.lower() in AUDIO_SUFFIXES]
+        if file.suffix == ".parquet":
+            import pyarrow.parquet
+            return pyarrow.parquet.read_table(file).to_pylist()
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            if file.suffix == ".jsonl":
+                return [json.loads(line) for line in lines if line.strip()]
+            if file.suffix == ".csv":
+                return list(csv.DictReader(lines))
+            if file.suffix == ".tsv":
+                return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{file}: {first_line(error)}") from None
+    raise InputError(f"{file}: not .jsonl, .csv, .tsv, .parquet or a folder")
+
+def to_clip(row, name):
+    """A row of a data file or of the Hub -> dict name, audio (path or bytes), text (cleaned)."""
+    row = row if isinstance(row, dict) else {}
+    audios, texts = ([row[column] for column in columns if column in row]
+                     for columns in (AUDIO_COLUMNS, TEXT_COLUMNS))
+    if not audios or not texts:
+        raise InputError(f"{name} has the columns {', '.join(map(str, row))}; needed are one of "
+                         f"{', '.join(AUDIO_COLUMNS)} and one of {', '.join(TEXT_COLUMNS)}")
+    audio, text = audios[0], texts[0]
+    if isinstance(audio, dict):  # as Hugging Face datasets keep audio
+        audio = audio.get("bytes") or audio.get("path")
+    return {"name": audio if isinstance(audio, str) else name, "audio": audio,
+            "text": clean_text("" if text is None else str(text))}
+
+def is_hub_id(name):
+    """Whether a name is owner/name, and neither a file here nor called like one."""
+    called = Path(name).suffix in (".jsonl", ".csv", ".tsv", ".parquet")
+    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", name)) and not called and not Path(name).exists()
+
+def open_stream(hub_id, config, split):
+    """A set of the Hub as a `datasets.IterableDataset`, with its audio as it was encoded."""
+    from datasets import load_dataset
+    try:
+        return load_dataset(hub_id, config, split=split, streaming=True).decode(False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot open {hub_id} on the Hub: {first_line(error)}") from None
+
+def stream_clips(rows, hub_id):
+    """Clips of a stream, as of `read_clips`. Embedded audio is named by a hash of its bytes."""
+    try:
+        for row in rows:
+            clip = to_clip(row, hub_id)
+            if isinstance(clip["audio"], bytes):
+                clip["name"] = hashlib.md5(clip["audio"]).hexdigest()
+            yield clip
+    except (OSError, ValueError) as error:
+        raise InputError(f"{hub_id}: the stream broke off ({first_line(error)})") from None
+
+def make_batches(seconds, batch_seconds, rng=None):
+    """Lists of indices of clips of similar length; longest clip times clips <= `batch_seconds`.
+    rng is a numpy Generator that shuffles, or None for longest first."""
+    seconds = np.asarray(seconds, dtype=float)
+    jitter = rng.uniform(0.9, 1.1, len(seconds)) if rng else 1
+    batches, longest = [], 0.0
+    for index in np.argsort(-seconds * jitter, kind="stable").tolist():
+        longest = max(longest, seconds[index])
+        if not batches or longest * (len(batches[-1]) + 1) > batch_seconds:
+            batches.append([])
+            longest = seconds[index]
+        batches[-1].append(index)
+    return [batches[i] for i in rng.permutation(len(batches))] if rng else batches
+
+def coloured_noise(size, rng):
+    """Noise (size,) from white to brown, of RMS 1."""
+    frequencies = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
+    spectrum = rng.standard_normal((2, len(frequencies)))
+    spectrum /= np.maximum(frequencies, 20) ** rng.choice([0, 0.5, 1])
+    noise = np.fft.irfft(spectrum[0] + 1j * spectrum[1], size)
+    return noise / noise.std()
+
+def augment(wave, rng, share, max_seconds):
+    """For a `share` of all clips another speed, by up to 10 % (Ko et al. 2015), and for a `share`
+    of them noise, 5 to 30 dB below."""
+    if rng.random() < share:
+        factor = max(rng.uniform(0.9, 1.1), len(wave) / SAMPLE_RATE / max_seconds + 1e-3)
+        wave = soxr.resample(wave, SAMPLE_RATE * factor, SAMPLE_RATE)
+    if rng.random() < share:
+        level = np.sqrt(np.square(wave).mean()) * 10 ** (-rng.uniform(5, 30) / 20)
+        wave = wave + level * coloured_noise(len(wave), rng).astype(np.float32)
+    return wave
+
+def no_speech(count, seed):
+    """`count` clips of 1 to 12 s of noise and tones, loud to hardly audible, without text: of them
+    the model learns to stay silent."""
+    rng, clips = np.random.default_rng(seed), []
+    for number in range(count):
+        size = int(rng.uniform(1, 12) * SAMPLE_RATE)
+        angle = 2 * np.pi * np.arange(size) / SAMPLE_RATE
+        pitches = rng.uniform(50, 2000, rng.integers(1, 5))
+        wave = coloured_noise(size, rng) * rng.choice([0, 0.1, 1], p=[0.1, 0.3, 0.6])
+        wave += sum(np.sin(pitch * angle) for pitch in pitches) * rng.choice([0, 1])
+        wave *= 10 ** rng.uniform(-3, 0) / max(1e-9, np.abs(wave).max())
+        clips.append({"name": f"no speech {number}", "audio": wave.astype(np.float32), "text": "",
+                      "seconds": size / SAMPLE_RATE})
+    return clips
+
+def write_file(path, data):
+    """Write text or bytes under another name, then rename: a file is whole or it is not there."""
+    unfinished = Path(f"{path}.unfinished")
+    data = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
+    try:
+        unfinished.write_bytes(data)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+def finished_rows(path):
+    """Rows of a .jsonl that a script wrote, without a last line that a crash cut off."""
+    lines = Path(path).read_text("utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("}\n")]

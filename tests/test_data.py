@@ -1,0 +1,152 @@
+"""What goes in: sound of all kinds, texts, data files, batches, augmentation."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import soundfile
+import torch
+from conftest import tone
+
+from data import (InputError, augment, clean_text, load_audio, make_batches, no_speech, read_clips,
+                  split_audio, write_file)
+
+@pytest.mark.parametrize("suffix, rate, channels", [
+    ("wav", 8000, 1), ("flac", 96_000, 3), ("mp3", 44_100, 2), ("ogg", 48_000, 1)])
+def test_formats_come_out_as_mono_16_khz(tmp_path, suffix, rate, channels):
+    wave = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    soundfile.write(tmp_path / f"a.{suffix}", np.stack([wave] * channels, axis=1), rate)
+    samples = load_audio(tmp_path / f"a.{suffix}")
+    assert samples.dtype == np.float32 and samples.shape == pytest.approx((16_000,), abs=1600)
+    pitch = int(np.abs(np.fft.rfft(samples[:16_000], 16_000)).argmax())
+    assert pitch == pytest.approx(440, abs=1)
+    assert np.abs(samples).max() == pytest.approx(0.5, abs=0.1)
+
+def test_every_way_to_hand_over_a_clip_gives_the_same(tmp_path):
+    wave, path = tone(0.5), tmp_path / "a.wav"
+    soundfile.write(path, wave, 16_000, subtype="FLOAT")
+    data, tensor = path.read_bytes(), torch.from_numpy(wave)
+    for source in (path, str(path), data, bytearray(data), memoryview(data), io.BytesIO(data), wave,
+                   wave[:, None], wave[None], np.stack([wave, wave]), np.stack([wave, wave], 1),
+                   tensor, tensor[None], tensor.clone().requires_grad_()):
+        np.testing.assert_array_equal(load_audio(source), wave)
+    for kind, half, middle in ((np.uint8, 2**7, 2**7), (np.int16, 2**15, 0), (np.int32, 2**31, 0)):
+        samples = load_audio((wave.astype(float) * half + middle).astype(kind))
+        np.testing.assert_allclose(samples, wave, atol=1 / half + 1e-6)
+    assert len(load_audio(wave, sample_rate=8000)) == 2 * len(wave)
+
+def test_unusable_sound_is_one_line_that_names_the_file(tmp_path):
+    (tmp_path / "text.wav").write_text("not audio")
+    (tmp_path / "empty.wav").write_bytes(b"")
+    soundfile.write(tmp_path / "none.wav", np.zeros(0), 16_000)
+    soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 16_000, subtype="FLOAT")
+    names = ("text.wav", "empty.wav", "none.wav", "nan.wav", "missing.wav", ".")
+    others = np.zeros((2, 3, 100)), None, ["a", "b"], [[1, 2], [3]], np.zeros(0), b"", 5
+    for source in (*(str(tmp_path / name) for name in names), *others):
+        with pytest.raises(InputError) as error:
+            load_audio(source)
+        name = source if isinstance(source, str) else "audio input"
+        assert str(error.value).startswith(f"{name}: ") and "\n" not in str(error.value)
+
+def test_long_sound_is_cut_in_its_pauses_and_nothing_is_lost():
+    wave = np.concatenate([np.pad(tone(19.5, i), (0, 8000)) for i in range(5)])
+    starts, pieces = zip(*split_audio(np.array_split(wave, 77)))
+    ends = np.cumsum(list(map(len, pieces))) / 16_000
+    assert starts == (0, *ends[:-1])
+    np.testing.assert_array_equal(np.concatenate(pieces), wave)
+    assert len(pieces) == 5 and all(len(piece) <= 28 * 16_000 for piece in pieces)
+    assert all(19.4 <= cut % 20 <= 20 for cut in ends[:-1])
+
+def test_reference_texts_lose_capitals_and_tags():
+    for raw, clean in {"HELLO THERE": "hello there", "WELL <COMMA> YES <PERIOD>": "well, yes.",
+                       "so <inaudible> it  [background noise] goes": "so it goes", "": "",
+                       "Hi.": "Hi.", "3 < 4 and 5 > 2": "3 < 4 and 5 > 2"}.items():
+        assert clean_text(raw) == clean
+
+def test_data_files_of_every_kind_hold_the_same_clips(tmp_path):
+    rows = [{"audio": f"clips/a.{i}.wav", "text": f"text {i}"} for i in range(3)]
+    (tmp_path / "clips").mkdir()
+    table = []
+    for i, row in enumerate(rows):
+        soundfile.write(tmp_path / row["audio"], tone(0.5, i), 16_000)
+        (tmp_path / f"clips/a.{i}.txt").write_text(row["text"])
+        data = (tmp_path / row["audio"]).read_bytes()
+        table.append({**row, "audio": {"bytes": data, "path": None}})
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    for name, mark in (("a.csv", ","), ("a.tsv", "\t")):
+        lines = ["audio", "text"], *(row.values() for row in rows)
+        (tmp_path / name).write_text("\n".join(map(mark.join, lines)))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.csv", "a.tsv", "a.parquet", "clips"):
+        clips = read_clips(str(tmp_path / name))
+        assert len({clip["name"] for clip in clips}) == 3
+        for i, (clip, row) in enumerate(zip(clips, rows)):
+            assert clip["text"] == row["text"]
+            np.testing.assert_allclose(load_audio(clip["audio"]), tone(0.5, i), atol=1e-4)
+    assert len(read_clips(f"{tmp_path}/a.?sv, {tmp_path}/a.jsonl")) == 9
+
+@pytest.mark.parametrize("name, content, texts", [
+    ("a, b.csv", '\ufeffaudio,text\r\n"1,5.wav","yes, 1"\r\n2.wav,\r\n', ["yes, 1", ""]),
+    ("a.tsv", 'audio\ttext\n1,5.wav\t"oh" he said\n2.wav\t"two\n', ['"oh" he said', '"two']),
+    ("a.csv", 'id,path,sentence\n7,"1,5.wav",A b.\n7,2.wav,C D\n', ["A b.", "c d"]),
+    ("a.jsonl", '{"file_name": "1,5.wav", "transcription": 42}\n'
+                '{"audio_filepath": "2.wav", "text": null}\n', ["42", ""])])
+def test_data_files_as_others_leave_them(tmp_path, name, content, texts):
+    (tmp_path / name).write_bytes(content.encode())
+    clips = read_clips(str(tmp_path / name))
+    assert [clip["text"] for clip in clips] == texts
+    assert [clip["audio"] for clip in clips] == [f"{tmp_path}/1,5.wav", f"{tmp_path}/2.wav"]
+
+@pytest.mark.parametrize("name, content", [
+    ("missing.jsonl", None), ("a.docx", b""), ("a.parquet", b"PAR1"), ("a.jsonl", b"no json\n"),
+    ("list.jsonl", b"[1]\n"), ("no_text.jsonl", b'{"audio": "a.wav"}\n'),
+    ("no_audio.csv", b"id,text\n1,one\n"), ("latin.csv", b"audio,text\na,\xe9\n")])
+def test_data_files_that_cannot_be_read(tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=name) as error:
+        read_clips(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+def test_batches_hold_every_clip_once_within_the_limit():
+    seconds = np.random.default_rng(0).uniform(0.5, 20, 500)
+    found = [make_batches(seconds, 120, np.random.default_rng(seed)) for seed in (1, 2)]
+    assert found[0] != found[1]
+    for batches in [*found, make_batches(seconds, 120)]:
+        assert sorted(sum(batches, [])) == list(range(500))
+        room = [seconds[batch].max() * len(batch) for batch in batches]
+        assert max(room) <= 120 and seconds.sum() / sum(room) > 0.9  # at random about a half
+    assert make_batches([50.0], 10) == [[0]] and make_batches([], 10) == []
+
+def test_speed_and_noise_stay_in_their_ranges():
+    wave = tone(2)
+    assert np.array_equal(augment(wave, np.random.default_rng(0), 0, 30), wave)
+    heard = [augment(wave, np.random.default_rng(seed), 0.5, 30) for seed in range(200)]
+    speeds = [len(wave) / len(x) for x in heard if len(x) != len(wave)]
+    noises = [x - wave for x in heard if len(x) == len(wave)]
+    ratios = [20 * np.log10(wave.std() / noise.std()) for noise in noises if noise.any()]
+    assert 0.899 < min(speeds) < 0.92 and 1.08 < max(speeds) < 1.101 and 70 < len(speeds) < 130
+    assert 4.99 < min(ratios) < 8 and 27 < max(ratios) < 30.01 and 30 < len(ratios) < 70
+    for seed in range(20):  # every clip changes, and none gets longer than the encoder hears
+        one = augment(wave, np.random.default_rng(seed), 1, 2.01)
+        assert len(one) <= 2.01 * 16_000 and not np.array_equal(one, wave)
+
+def test_no_speech_is_sound_without_text():
+    clips = no_speech(30, seed=0)
+    peaks = [np.abs(clip["audio"]).max() for clip in clips]
+    assert min(peaks) < 0.01 and 0.5 < max(peaks) <= 1
+    for clip in clips:
+        assert 1 <= clip["seconds"] == len(clip["audio"]) / 16_000 <= 12 and clip["text"] == ""
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    write_file(tmp_path / "a", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_file(tmp_path / "a", "new \ud800")
+    with open(tmp_path / "a") as old:
+        write_file(tmp_path / "a", b"new")
+        assert old.read() == "old"  # the new one took its place, and did not write over it
+    assert (tmp_path / "a").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
