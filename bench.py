@@ -5,16 +5,18 @@
 
 Median of three timed runs after one warm-up, in seconds of sound per second.
 """
-import argparse
 import itertools
 import statistics
 import sys
-import time
+import timeit
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers as hf
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -22,11 +24,18 @@ from data import SAMPLE_RATE, InputError, load_audio, make_batches, read_clips
 from tinyaudio import Projector, TinyAudio, fetch, locate
 
 ASSETS = Path(__file__).parent / "assets"
-LLMS = {  # published: class, width, layers, heads, key/value heads, MLP width, vocabulary, tied
-    "qwen3-8b": (hf.Qwen3Config, 4096, 36, 32, 8, 12288, 151936, False),
-    "qwen3-1.7b": (hf.Qwen3Config, 2048, 28, 16, 8, 6144, 151936, True),
-    "qwen3-0.6b": (hf.Qwen3Config, 1024, 28, 16, 8, 3072, 151936, True),
-    "smollm3-3b": (hf.SmolLM3Config, 2048, 36, 16, 4, 11008, 128256, True),
+SMALL = dict(num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+             tie_word_embeddings=True)
+CONFIGS = {  # published sizes: known without a network
+    "hubert": hf.HubertConfig(hidden_size=1280, num_hidden_layers=48, num_attention_heads=16,
+                              intermediate_size=5120, conv_bias=True, feat_extract_norm="layer"),
+    "whisper": hf.WhisperConfig(d_model=1280, encoder_layers=32, encoder_attention_heads=20,
+                                encoder_ffn_dim=5120, num_mel_bins=128),
+    "qwen3-8b": hf.Qwen3Config(num_hidden_layers=36, num_key_value_heads=8,
+                               intermediate_size=12288),  # width 4096, 32 heads
+    "qwen3-1.7b": hf.Qwen3Config(**SMALL, hidden_size=2048, intermediate_size=6144),
+    "qwen3-0.6b": hf.Qwen3Config(**SMALL, hidden_size=1024, intermediate_size=3072),
+    "smollm3-3b": hf.SmolLM3Config(),
 }
 GPUS = {  # memory in GB, dense bf16 TFLOP/s of the data sheet, usual rent in USD per hour
     "RTX 4090": (24, 165, 0.45),
@@ -41,12 +50,8 @@ def parameters(module):
 
 def median_time(run):
     """Seconds that `run` takes, which must wait for the device, and what it returns."""
-    times, result = [], run()  # compiles what it needs
-    for _ in range(3):
-        start = time.perf_counter()
-        result = run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), result
+    result = run()  # compiles what it needs
+    return statistics.median(timeit.repeat(run, number=1, repeat=3)), result
 
 def matmul_flops(device, dtype):
     """FLOP/s of a plain matrix product, against which MFU is counted."""
@@ -78,27 +83,11 @@ def peak_memory(device):
     lines = status.read_text().splitlines() if status.exists() else []
     return sum(int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmHWM"))
 
-def load_config(name):
-    """Sizes of a backbone; known without a network for those that the README names."""
-    if name in LLMS:
-        kind, width, layers, heads, kv_heads, mlp, vocabulary, tied = LLMS[name]
-        return kind(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-                    num_key_value_heads=kv_heads, head_dim=128, intermediate_size=mlp,
-                    vocab_size=vocabulary, tie_word_embeddings=tied)
-    if name == "hubert":
-        return hf.HubertConfig(hidden_size=1280, num_hidden_layers=48, num_attention_heads=16,
-                               intermediate_size=5120, conv_bias=True, feat_extract_norm="layer")
-    if name == "whisper":
-        return hf.WhisperConfig(d_model=1280, encoder_layers=32, encoder_attention_heads=20,
-                                encoder_ffn_dim=5120, num_mel_bins=128)
-    return fetch(hf.AutoConfig.from_pretrained, locate(name))
-
 def plan(args):
     """Print what training takes. The backbones are fake tensors: no weights are loaded."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.autograd.graph import saved_tensors_hooks
-    heard, config, saved = load_config(args.encoder), load_config(args.decoder), {}
-    rate = 50 / 5 + 3.3 + 3  # positions per second: stacked frames, tokens, prompt of 10 s clips
+    heard, config = [CONFIGS.get(name) or fetch(hf.AutoConfig.from_pretrained, locate(name))
+                     for name in (args.encoder, args.decoder)]
+    rate, saved = 10 + 3.3 + 3, {}  # positions per second: frames, tokens, prompt of 10 s clips
 
     def keep(x):
         saved[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
@@ -106,33 +95,32 @@ def plan(args):
     with FakeTensorMode():
         whisper = heard.model_type == "whisper"
         encoder = WhisperEncoder(heard) if whisper else hf.AutoModel.from_config(heard)
-        decoder = hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        decoder.eval().requires_grad_(False)
+        decoder = hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        decoder.requires_grad_(False)
         projector = Projector(heard.hidden_size, config.hidden_size)
-        x = torch.randn(1, round(args.batch_seconds * rate), config.hidden_size,
-                        dtype=torch.bfloat16, requires_grad=True)
+        x = torch.randn(1, round(args.batch_seconds * rate), config.hidden_size).bfloat16()
         with saved_tensors_hooks(keep, lambda x: x):
-            decoder.base_model(inputs_embeds=x, use_cache=False)
+            decoder.base_model(inputs_embeds=x.requires_grad_(), use_cache=False)
         for weight in decoder.parameters():  # they are there anyway
             saved.pop(weight.untyped_storage()._cdata, None)
-    sizes = [parameters(part) for part in (encoder, projector, decoder)]
+    n_encoder, n_projector, n_decoder = map(parameters, (encoder, projector, decoder))
     logits = 10 * 3.3 * args.batch_seconds * config.vocab_size  # bf16, float32 and gradient
-    memory = {"frozen weights": 2 * (sizes[0] + sizes[2]), "projector and AdamW": 16 * sizes[1],
+    memory = {"frozen weights": 2 * (n_encoder + n_decoder),
+              "projector and AdamW": 16 * n_projector,
               "activations": sum(saved.values()) + logits, "CUDA": 2e9}
-    total = sum(memory.values()) / 1e9
-    flops = 2 * 50 * sizes[0] + rate * (6 * sizes[1] + 4 * sizes[2])
-    print(f"{args.encoder} {sizes[0] / 1e6:.0f}M -> projector {sizes[1] / 1e6:.2f}M (hidden "
-          f"{projector.hidden}) -> {args.decoder} {sizes[2] / 1e6:.0f}M: "
-          f"{sizes[1] / sum(sizes):.2%} is trained")
-    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.items())
-    print(f"{total:.1f} GB at --batch-seconds {args.batch_seconds:g}: {parts}")
-    print(f"{flops / 1e9:.0f} GFLOP per second of sound in phase 2; {args.hours:g} h of sound at "
+    total, parts = sum(memory.values()), [f"{name} {x / 1e9:.1f}" for name, x in memory.items()]
+    flops = 2 * 50 * n_encoder + rate * (6 * n_projector + 4 * n_decoder)
+    print(f"{args.encoder} {n_encoder / 1e6:.0f}M -> projector {n_projector / 1e6:.2f}M (hidden "
+          f"{projector.hidden}) -> {args.decoder} {n_decoder / 1e6:.0f}M: "
+          f"{n_projector / (n_encoder + n_projector + n_decoder):.2%} is trained\n"
+          f"{total / 1e9:.1f} GB at --batch-seconds {args.batch_seconds:g}: {', '.join(parts)}\n"
+          f"{flops / 1e9:.0f} GFLOP per second of sound in phase 2; {args.hours:g} h of sound at "
           f"{PLANNED_MFU:.0%} MFU, calculated:\n\n| GPU | x real time | hours | USD | fits |\n"
           "|---|---|---|---|---|")
-    for name, (capacity, teraflops, price) in GPUS.items():
+    for name, (gb, teraflops, price) in GPUS.items():
         speed = teraflops * 1e12 * PLANNED_MFU / flops
-        hours, fits = args.hours / speed, "yes" if total < capacity else "no"
-        print(f"| {name}, {capacity} GB | {speed:.0f} | {hours:.1f} | {hours * price:.2f} | {fits} |")
+        hours, fits = args.hours / speed, "yes" if total / 1e9 < gb else "no"
+        print(f"| {name}, {gb} GB | {speed:.0f} | {hours:.1f} | {hours * price:.2f} | {fits} |")
 
 def make_clips(model, count):
     """Clips of one to four commands: dicts wave, seconds, answer, frames (T, D)."""
@@ -148,8 +136,8 @@ def make_clips(model, count):
 def naive_loss(model, clips):
     """As a first attempt would have it: 30 s of padding, frames not kept, logits everywhere."""
     padded = [np.pad(clip["wave"], (0, 30 * SAMPLE_RATE - len(clip["wave"]))) for clip in clips]
-    rows = [(prompt, clip["answer"] + [model.end]) for prompt, clip in
-            zip(model.embed_prompt(*model.projector(*model.encoder(padded))), clips)]
+    prompts = model.embed_prompt(*model.projector(*model.encoder(padded)))
+    rows = [(prompt, clip["answer"] + [model.end]) for prompt, clip in zip(prompts, clips)]
     x = pad_sequence([torch.cat([prompt, model.embed_ids(ids)]) for prompt, ids in rows], True)
     labels = [torch.tensor([-100] * len(prompt) + ids) for prompt, ids in rows]
     labels = pad_sequence(labels, True, padding_value=-100).to(model.device)
@@ -159,12 +147,11 @@ def train_epoch(model, batches, phase, naive=False):
     """Forward and backward over the batches, without a step. Returns the loss per token."""
     total, dtype = 0.0, model.embed.weight.dtype
     for clips in batches:
-        lengths = torch.tensor([len(clip["frames"]) for clip in clips], device=model.device)
-        frames, answers = pad_sequence([clip["frames"] for clip in clips], True), [
-            clip["answer"] for clip in clips]
+        frames, answers = zip(*((clip["frames"], clip["answer"]) for clip in clips))
+        lengths = torch.tensor(list(map(len, frames)), device=model.device)
+        inputs = pad_sequence(frames, True), lengths, answers, phase == 1, phase == 2
         with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            loss = naive_loss(model, clips) if naive else model.loss(
-                frames, lengths, answers, phase == 1, phase == 2)[0]
+            loss = naive_loss(model, clips) if naive else model.loss(*inputs)[0]
         loss.backward()
         model.zero_grad()
         total += loss.item()
@@ -200,8 +187,7 @@ def measure(args):
     print(f"\nphase 2: {speeds['phase 2, --compile'] / speeds['phase 2, naive']:.1f}x naive")
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default=str(ASSETS / "default"), help="folder of a checkpoint")
     add("--clips", type=int, default=32, help="to train on and to decode")

@@ -1,11 +1,9 @@
-"""Sound and text in: waveforms, rows of data files and of the Hub, batches, augmentation.
-Nothing here knows of models. Every other file gets its sound and its rows from this one."""
+"""Sound and text in: waveforms, rows of data files and of the Hub, batches, augmentation."""
 import csv
 import glob
 import hashlib
 import io
 import json
-import os
 import re
 from pathlib import Path
 
@@ -35,12 +33,11 @@ def read_audio(source, sample_rate=SAMPLE_RATE):
     (samples,), (samples, channels) or (channels, samples), float in [-1, 1] or integer, of
     sample_rate in Hz. Raises InputError."""
     name = source if isinstance(source, (str, Path)) else "audio input"
-    resampler, total = None, 0
+    resampler = rate = None
     try:
         for block, rate in read_blocks(source, sample_rate):
             if not np.isfinite(block).all():
                 raise ValueError("holds samples that are not numbers")
-            total += len(block)
             mono = block.mean(axis=1)
             if rate != SAMPLE_RATE:
                 resampler = resampler or soxr.ResampleStream(rate, SAMPLE_RATE, 1)
@@ -48,12 +45,12 @@ def read_audio(source, sample_rate=SAMPLE_RATE):
             yield mono
         if resampler:
             yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+        if not rate:
+            raise ValueError("no sound in it (0 samples)")
     except soundfile.LibsndfileError as error:
         raise InputError(f"{name}: not readable as audio ({error.error_string})") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: {first_line(error)}") from None
-    if not total:
-        raise InputError(f"{name}: no sound in it (0 samples)")
 
 def read_blocks(source, sample_rate):
     """Yields (float32 array (samples, channels), its rate in Hz), about 10 s at a time."""
@@ -64,44 +61,38 @@ def read_blocks(source, sample_rate):
         yield from read_blocks(io.BytesIO(source), sample_rate)
     elif hasattr(source, "read"):
         with soundfile.SoundFile(source) as file:
-            size = 10 * file.samplerate
-            while len(block := file.read(size, dtype="float32", always_2d=True)):
+            while len(block := file.read(10 * file.samplerate, dtype="float32", always_2d=True)):
                 yield block, file.samplerate
     else:
         yield as_samples(source), sample_rate
 
 def as_samples(array):
     """Array or tensor -> float32 (samples, channels) in [-1, 1]. The longer dimension is time."""
-    array = array.detach().cpu() if hasattr(array, "detach") else array
-    samples = np.asarray(array)
+    samples = np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
     if samples.ndim not in (1, 2) or not samples.size or samples.dtype.kind not in "fiu":
         raise ValueError(f"{samples.dtype} of shape {samples.shape} is not one clip of sound")
-    samples = samples[:, None] if samples.ndim == 1 else samples
+    samples = np.atleast_2d(samples)
     samples = samples.T if samples.shape[0] < samples.shape[1] else samples
     if samples.dtype.kind != "f":
-        limits = np.iinfo(samples.dtype)
-        half = (limits.max - limits.min + 1) / 2
-        samples = (samples - (limits.min + half)) / half
+        samples = samples / 2.0 ** (8 * samples.itemsize - 1) - (samples.dtype.kind == "u")
     return samples.astype(np.float32)
 
-def split_audio(blocks, shortest=15.0, longest=28.0):
-    """Cut a stream of arrays into pieces of at most `longest` seconds, at the quietest 0.1 s.
+def split_audio(blocks):
+    """Cut a stream of arrays into pieces of 15 to 28 s, in the middle of the quietest 0.1 s.
     Yields the start of each piece in seconds, and its samples."""
-    rest, start, window = np.zeros(0, np.float32), 0, SAMPLE_RATE // 10
-    first, last = int(shortest * SAMPLE_RATE), int(longest * SAMPLE_RATE)
+    rest, start = np.zeros(0, np.float32), 0
+    first, last, window = 15 * SAMPLE_RATE, 28 * SAMPLE_RATE, SAMPLE_RATE // 10
     for block in blocks:
         rest = np.concatenate([rest, block])
         while len(rest) > last:
             energy = np.square(rest[first:last]).reshape(-1, window).mean(axis=1)
             cut = first + int(energy.argmin()) * window + window // 2
             yield start / SAMPLE_RATE, rest[:cut]
-            rest = rest[cut:]
-            start += cut
+            rest, start = rest[cut:], start + cut
     yield start / SAMPLE_RATE, rest
 
 def clean_text(text):
-    """Reference text as it is trained on: tags become punctuation or are dropped, and a text that
-    is ALL CAPS becomes lower case, even if it is one acronym."""
+    """Text to train on: tags become punctuation or are dropped, ALL CAPS become lower case."""
     text = re.sub(rf" ?<({'|'.join(MARKS)})>", lambda tag: MARKS[tag[1]], text)  # of GigaSpeech
     text = re.sub(r"<[\w|/-]+>|\[[\w -]+\]", " ", text)  # <inaudible>, [background noise]
     text = " ".join(text.split())
@@ -111,25 +102,20 @@ def read_clips(pattern):
     """Clips of .jsonl, .csv, .tsv or .parquet files, or of a folder with a .txt beside each audio
     file: dicts name, audio (path or bytes), text (cleaned). pattern is a path, a glob, or several
     with commas between. Audio paths are relative to the file. Raises InputError."""
-    clips = []
-    for part in [pattern] if Path(pattern).exists() else map(str.strip, pattern.split(",")):
-        for file in map(Path, sorted(glob.glob(part, recursive=True)) or [part]):
-            for number, row in enumerate(read_rows(file), 1):
-                clip = to_clip(row, f"{file}#{number}")
-                if isinstance(clip["audio"], str):
-                    clip["audio"] = clip["name"] = str(file.parent / clip["audio"])
-                clips.append(clip)
-    return clips
+    parts = [pattern] if Path(pattern).exists() else map(str.strip, pattern.split(","))
+    files = [Path(file) for part in parts
+             for file in sorted(glob.glob(part, recursive=True)) or [part]]
+    return [to_clip(row, f"{file}#{number}", file.parent)
+            for file in files for number, row in enumerate(read_rows(file), 1)]
 
 def read_rows(file):
     """The rows of one data file or folder, as dicts."""
     try:
         if file.is_dir():
-            texts = [(text, audio) for text in sorted(file.rglob("*.txt"))
-                     for audio in sorted(text.parent.iterdir()) if audio.stem == text.stem]
+            pairs = [(audio, audio.with_suffix(".txt")) for audio in sorted(file.rglob("*"))
+                     if audio.suffix.lower() in AUDIO_SUFFIXES]
             return [{"audio": str(audio.relative_to(file.parent)),
-                     "text": text.read_text("utf-8-sig")} for text, audio in texts
-                    if audio.suffix.lower() in AUDIO_SUFFIXES]
+                     "text": text.read_text("utf-8-sig")} for audio, text in pairs if text.exists()]
         if file.suffix == ".parquet":
             import pyarrow.parquet
             return pyarrow.parquet.read_table(file).to_pylist()
@@ -144,24 +130,25 @@ def read_rows(file):
         raise InputError(f"{file}: {first_line(error)}") from None
     raise InputError(f"{file}: not .jsonl, .csv, .tsv, .parquet or a folder")
 
-def to_clip(row, name):
-    """A row of a data file or of the Hub -> dict name, audio (path or bytes), text (cleaned)."""
+def to_clip(row, name, folder=""):
+    """A row of a data file or of the Hub -> a clip, called by its path if it has one."""
     row = row if isinstance(row, dict) else {}
-    audios, texts = ([row[column] for column in columns if column in row]
-                     for columns in (AUDIO_COLUMNS, TEXT_COLUMNS))
+    audios = [row[column] for column in AUDIO_COLUMNS if column in row]
+    texts = [row[column] for column in TEXT_COLUMNS if column in row]
     if not audios or not texts:
         raise InputError(f"{name} has the columns {', '.join(map(str, row))}; needed are one of "
                          f"{', '.join(AUDIO_COLUMNS)} and one of {', '.join(TEXT_COLUMNS)}")
     audio, text = audios[0], texts[0]
     if isinstance(audio, dict):  # as Hugging Face datasets keep audio
         audio = audio.get("bytes") or audio.get("path")
-    return {"name": audio if isinstance(audio, str) else name, "audio": audio,
-            "text": clean_text("" if text is None else str(text))}
+    if isinstance(audio, str):
+        audio = name = str(Path(folder, audio))
+    return {"name": name, "audio": audio, "text": clean_text("" if text is None else str(text))}
 
 def is_hub_id(name):
-    """Whether a name is owner/name, and neither a file here nor called like one."""
-    called = Path(name).suffix in (".jsonl", ".csv", ".tsv", ".parquet")
-    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", name)) and not called and not Path(name).exists()
+    """Whether a name is owner/name, and not that of a file, here or missing."""
+    is_file = Path(name).exists() or name.endswith((".jsonl", ".csv", ".tsv", ".parquet"))
+    return not is_file and bool(re.fullmatch(r"[\w-]+/[\w.-]+", name))
 
 def open_stream(hub_id, config, split):
     """A set of the Hub as a `datasets.IterableDataset`, with its audio as it was encoded."""
@@ -205,8 +192,8 @@ def coloured_noise(size, rng):
     return noise / noise.std()
 
 def augment(wave, rng, share, max_seconds):
-    """For a `share` of all clips another speed, by up to 10 % (Ko et al. 2015), and for a `share`
-    of them noise, 5 to 30 dB below."""
+    """wave (samples,) -> with chance `share` up to 10 % faster or slower (Ko et al. 2015), at most
+    max_seconds long; with chance `share` with noise, 5 to 30 dB below."""
     if rng.random() < share:
         factor = max(rng.uniform(0.9, 1.1), len(wave) / SAMPLE_RATE / max_seconds + 1e-3)
         wave = soxr.resample(wave, SAMPLE_RATE * factor, SAMPLE_RATE)
@@ -216,8 +203,7 @@ def augment(wave, rng, share, max_seconds):
     return wave
 
 def no_speech(count, seed):
-    """`count` clips of 1 to 12 s of noise and tones, loud to hardly audible, without text: of them
-    the model learns to stay silent."""
+    """`count` clips of noise and tones, 1 to 12 s: from them the model learns to stay silent."""
     rng, clips = np.random.default_rng(seed), []
     for number in range(count):
         size = int(rng.uniform(1, 12) * SAMPLE_RATE)
@@ -236,11 +222,11 @@ def write_file(path, data):
     data = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
     try:
         unfinished.write_bytes(data)
-        os.replace(unfinished, path)
+        unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 def finished_rows(path):
     """Rows of a .jsonl that a script wrote, without a last line that a crash cut off."""
-    lines = Path(path).read_text("utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.endswith("}\n")]

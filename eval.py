@@ -8,7 +8,6 @@
 Writes outputs/eval_<dataset>_<model>/: results.txt, results.jsonl (a row for each clip) and
 summary.json. The same command with --resume goes on after an interruption.
 """
-import argparse
 import datetime
 import json
 import random
@@ -16,13 +15,13 @@ import re
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.metadata import version
 from pathlib import Path
 
-import huggingface_hub
 import jiwer
 import numpy as np
-import transformers
+from transformers import PretrainedConfig, pipeline
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
@@ -86,46 +85,39 @@ def read_samples(args):
 
 def load_recognizer(name, decode, device):
     """A function from waves to texts; and its encoder, decoder and trained parameters."""
-    local = Path(name).is_dir()
-    file = name + "/config.json" if local else fetch(huggingface_hub.hf_hub_download, name,
-                                                     filename="config.json")
-    try:
-        config = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name} is no checkpoint: {first_line(error)}") from None
+    config, _ = fetch(PretrainedConfig.get_config_dict, name)
     if "model_type" not in config:
         model = TinyAudio.from_pretrained(name, device)
         facts = config["encoder"], config["decoder"], f"{model.trained_size / 1e6:.1f}M"
         return lambda waves: model.transcribe(waves, decode), facts
-    pipe = fetch(lambda source: transformers.pipeline("automatic-speech-recognition", source,
-                                                      device=device), name)
+    pipe = fetch(lambda x: pipeline("automatic-speech-recognition", x, device=device), name)
     options = {}
     if config["model_type"] == "whisper":
         options = {"return_timestamps": True, "generate_kwargs": {"num_beams": 1}}
         if getattr(pipe.model.generation_config, "is_multilingual", False):
             options["generate_kwargs"] |= {"language": "en", "task": "transcribe"}
-    return lambda waves: [result["text"] for result in pipe(
-        [{"raw": wave, "sampling_rate": SAMPLE_RATE} for wave in waves], **options)], (name, "-", "-")
+    def recognizer(waves):
+        sounds = [{"raw": wave, "sampling_rate": SAMPLE_RATE} for wave in waves]
+        return [result["text"] for result in pipe(sounds, **options)]
+    return recognizer, (name, "-", "-")
 
 def recognize(clips, recognizer):
     """Rows (hypothesis, seconds, time, failed) of clips, in their order."""
-    rows, waves = [], []
+    rows, waves, good = [], [], []
     for clip in clips:
         rows.append({"hypothesis": "", "seconds": 0.0, "time": 0.0, "failed": None})
         try:
             waves.append(load_audio(clip["audio"]))
             rows[-1]["seconds"] = len(waves[-1]) / SAMPLE_RATE
+            good.append(rows[-1])
         except InputError as error:
-            waves.append(None)
             rows[-1]["failed"] = str(error)
-    good = [i for i, wave in enumerate(waves) if wave is not None]
-    for batch in make_batches([rows[i]["seconds"] for i in good], 120):
-        batch = [good[i] for i in batch]
+    for batch in make_batches([row["seconds"] for row in good], 120):
         start = time.perf_counter()
         texts = recognizer([waves[i] for i in batch])
-        rate = (time.perf_counter() - start) / sum(rows[i]["seconds"] for i in batch)
+        rate = (time.perf_counter() - start) / sum(good[i]["seconds"] for i in batch)
         for i, text in zip(batch, texts):  # each clip has its share of the batch's time
-            rows[i].update(hypothesis=text, time=rate * rows[i]["seconds"])
+            good[i].update(hypothesis=text, time=rate * good[i]["seconds"])
     return rows
 
 def compare(first, second):
@@ -135,16 +127,16 @@ def compare(first, second):
         pairs = [(a[name], b[name]) for name in a.keys() & b.keys()]
         a, b = zip(*pairs)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{first} and {second} have no common clips: {first_line(error)}") from None
+        reason = first_line(error)
+        raise InputError(f"{first} and {second} have no common clips: {reason}") from None
     def difference(pairs):
-        return wer([pair[1] for pair in pairs]) - wer([pair[0] for pair in pairs])
+        return wer([b for _, b in pairs]) - wer([a for a, _ in pairs])
     low, high = interval(pairs, difference)
     print(f"A {first}, WER {wer(a):.2%}\nB {second}, WER {wer(b):.2%}\n{len(pairs)} clips in both: "
           f"B - A {difference(pairs):+.2%} (95 % {low:+.2%} to {high:+.2%})")
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", nargs="?", help="folder or hub id of a trained model or another recogniser")
     add("--dataset", help=f"{', '.join(BENCHMARKS)}, a hub id, your files or a folder")
@@ -161,14 +153,10 @@ def parse_args(argv):
     add("--compare", nargs=2, metavar="RESULTS", help="paired difference of two results.jsonl")
     add("--device", help="cuda, mps or cpu; default: the best that is here")
     args = parser.parse_args(argv)
-    if not args.compare and not (args.checkpoint and args.dataset):
-        parser.error("a checkpoint and --dataset are needed")
-    return args
-
-def main(argv=None):
-    args = parse_args(argv)
     if args.compare:
         return compare(*args.compare)
+    if not args.checkpoint or not args.dataset:
+        parser.error("a checkpoint and --dataset are needed")
     clips, dataset = read_samples(args)
     model_name = re.sub(r"[^A-Za-z0-9.]+", "-", args.checkpoint).strip("-")
     out = Path(args.out or f"outputs/eval_{dataset}_{model_name}")
@@ -191,9 +179,8 @@ def main(argv=None):
         with open(results, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows[chunk])
         if len(rows) % 100 == 0 or len(rows) == len(clips):
-            average = sum(row["time"] for row in rows) / len(rows)
             print(f"CHECKPOINT @ {len(rows)} samples:\n  Corpus WER: {wer(rows):.2%}\n"
-                  f"  Avg Time/Sample: {average:.2f}s", flush=True)
+                  f"  Avg Time/Sample: {np.mean([row['time'] for row in rows]):.2f}s", flush=True)
     if not any(row["words"] and not row["failed"] for row in rows):
         raise InputError(f"no clip of {args.dataset} could be scored")
     totals = {key: sum(row[key] for row in rows) for key in (*COUNTS, "seconds", "time")}

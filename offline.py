@@ -89,7 +89,8 @@ def convert_whisper(parts, target):
 
     def read_string():
         return file.read(*read("H"))[:-1].decode()
-    header, weights = (read("I"), read_string(), read("I")), {}  # version, name, revision
+    file.seek(4 + 2 + len("WhisperSpec") + 1 + 4)  # version, name, revision
+    weights = {}
     for _ in range(*read("I")):
         name, (rank,) = read_string(), read("B")
         shape, (_, size) = read(f"{rank}I"), read("BI")
@@ -103,7 +104,6 @@ def convert_whisper(parts, target):
             weights[name.replace("qkv", part)] = rows.contiguous()
     encoder = WhisperEncoder(WhisperConfig(d_model=512, encoder_layers=6, encoder_ffn_dim=2048,
                                            encoder_attention_heads=8, num_mel_bins=80)).half()
-    # The keys have no bias; CTranslate2 writes zeros.
     encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
     encoder.save_pretrained(target)
     WhisperFeatureExtractor(feature_size=80).save_pretrained(target)

@@ -10,12 +10,12 @@
 
 wav, flac, mp3, ogg and opus. A file that cannot be read is one line on stderr; exit status 1.
 """
-import argparse
 import io
 import itertools
 import json
 import os
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from data import AUDIO_SUFFIXES, SAMPLE_RATE, InputError, read_audio, split_audio, write_file
@@ -26,21 +26,22 @@ ASSETS = Path(__file__).parent / "assets"
 def segments(model, sources, decode=None, task=TRANSCRIBE, words=False, batch_seconds=30):
     """Transcribe sound of any length and number. Yields in order, as they are ready, dicts source
     (index), start, end (seconds), text and, if asked for, words; or source and error."""
-    batch = []
-    for piece in itertools.chain(split(sources), [{}]):  # {} is the end
-        batch += [piece] if "wave" in piece else []
-        seconds = sum(waiting["end"] - waiting["start"] for waiting in batch)
-        if batch and ("wave" not in piece or seconds >= batch_seconds):
+    batch, seconds = [], 0
+    for part in itertools.chain(split(sources), [{}]):  # {} is the end
+        if "wave" in part:
+            batch.append(part)
+            seconds += part["end"] - part["start"]
+        if batch and ("wave" not in part or seconds >= batch_seconds):
             audio, counts = model.encode([waiting.pop("wave") for waiting in batch])
             answers = model.decode(audio, counts, decode, task)
-            for part, answer, clip, count in zip(batch, answers, audio, counts.tolist()):
-                part["text"] = model.detokenize(answer)
+            for done, answer, clip, count in zip(batch, answers, audio, counts.tolist()):
+                done["text"] = model.detokenize(answer)
                 if words:
-                    part["words"] = time_words(model, clip[:count], answer, part["start"])
+                    done["words"] = time_words(model, clip[:count], answer, done["start"])
             yield from batch
-            batch = []
-        if "error" in piece:
-            yield piece
+            batch, seconds = [], 0
+        if "error" in part:
+            yield part
 
 def split(sources):
     """Pieces: dicts source (index), start, end (seconds), wave (samples,); or source, error."""
@@ -78,15 +79,15 @@ def find_files(names):
     return found
 
 def make_cues(words, longest=6.0, width=80):
-    """Subtitles (start, end, text): words until a pause, a width or a time is exceeded."""
+    """Subtitles [start, end, text]: cut at a pause, `longest` s, `width` letters."""
     cues = []
     for word in words:
-        start, end, text = cues.pop() if cues else (word["start"], word["start"], "")
-        whole = f"{text} {word['word']}".strip()
+        start, end, text = cues[-1] if cues else (0, float("-inf"), "")
+        whole = f"{text} {word['word']}"
         if word["start"] - end < 0.8 and word["end"] - start <= longest and len(whole) <= width:
-            cues.append((start, word["end"], whole))
+            cues[-1] = [start, word["end"], whole]
         else:
-            cues += [(start, end, text), (word["start"], word["end"], word["word"])]
+            cues.append([word["start"], word["end"], word["word"]])
     return cues
 
 def clock(seconds):
@@ -104,16 +105,15 @@ def render(kind, name, parts):
         rows = [{key: part[key] for key in ("start", "end", "text")} for part in parts]
         return json.dumps({"file": name, "text": text, "duration": round(parts[-1]["end"], 2),
                            "segments": rows, "words": words}, ensure_ascii=False) + "\n"
-    head, point = ("WEBVTT\n\n", ".") if kind == "vtt" else ("", ",")
-    cues = [(f"{clock(start)} --> {clock(end)}".replace(".", point), text)
-            for start, end, text in make_cues(words)]
-    return head + "".join(f"{number}\n{time}\n{text}\n\n"
-                          for number, (time, text) in enumerate(cues, 1))
+    cues = [(f"{clock(start)} --> {clock(end)}", text) for start, end, text in make_cues(words)]
+    if kind == "vtt":
+        return "WEBVTT\n\n" + "".join(f"{times}\n{text}\n\n" for times, text in cues)
+    return "".join(f"{number}\n{times.replace('.', ',')}\n{text}\n\n"
+                   for number, (times, text) in enumerate(cues, 1))
 
 def main(argv=None):
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("files", nargs="*", help="audio files, folders, or - for standard input")
     add("--model", default=str(ASSETS / "default"), help="folder or hub id of a checkpoint")
@@ -125,7 +125,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.task.count("<audio>") != 1:
         parser.error('--task must say once where the sound goes, as in "Summarise: <audio>"')
-
     files = find_files(args.files or [str(ASSETS / "quickstart" / "clips" / "test_0002.ogg")])
     if args.out:
         suffix = ".txt" if args.format == "text" else f".{args.format}"

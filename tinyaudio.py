@@ -5,12 +5,10 @@
     from tinyaudio import TinyAudio
     print(TinyAudio.from_pretrained("assets/default").transcribe("file.wav"))
 
-The file is in the order in which the sound travels. Shapes: B clips, T encoder frames (50 per
-second), N stacked frames (10 per second), D encoder width, d decoder width, V CTC tokens.
+The file follows the sound. Shapes: B clips, T encoder frames (50 per second), N stacked frames
+(10 per second), D encoder width, d decoder width, V CTC tokens.
 """
-import functools
 import json
-import math
 import re
 import string
 from pathlib import Path
@@ -47,17 +45,15 @@ def locate(name):
     return str(offline.folder(name)) if name in offline.PACKAGES else NAMES.get(name, name)
 
 def fetch(load, source, **options):
-    """load(source), a folder or a hub id. Raises InputError for what a user can mend."""
+    """load(source), of a folder or hub id, with its errors as InputError."""
     try:
         return load(source, **options)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         known = ", ".join([*NAMES, *offline.PACKAGES])
-        raise InputError(f"cannot load {source}, as a folder or from the Hugging Face Hub: "
-                         f"{first_line(error)} (known names: {known})") from None
+        raise InputError(f"cannot load {source}: {first_line(error)} (known: {known})") from None
 
-def load_frozen(model_class, source, device=None, dtype=None, **options):
-    """A pretrained model in eval mode, by default on the accelerator and in bfloat16, but in
-    float32 on a CPU without bfloat16 instructions."""
+def load_frozen(model_class, source, device, dtype, **options):
+    """A pretrained model: by default on the accelerator, and in bfloat16 where that is fast."""
     try:
         device = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
         torch.empty(0, device=device)
@@ -73,7 +69,7 @@ def load_frozen(model_class, source, device=None, dtype=None, **options):
     return model.eval().requires_grad_(False).to(device)
 
 def load_encoder(name, device=None, dtype=None):
-    """The encoder of a Whisper, HuBERT, wav2vec 2.0 or WavLM: short name, hub id or folder."""
+    """The `Encoder` of a short name, hub id or folder."""
     source = locate(name)
     kind = fetch(hf.AutoConfig.from_pretrained, source).model_type
     if kind == "whisper":  # without its own decoder
@@ -86,7 +82,7 @@ def load_encoder(name, device=None, dtype=None):
     return Encoder(model, fetch(hf.AutoFeatureExtractor.from_pretrained, source)).eval()
 
 def load_decoder(name, device=None, dtype=None):
-    """A causal language model and its tokenizer: short name, hub id or folder."""
+    """The causal language model of a short name, hub id or folder, and its tokenizer."""
     source = locate(name)
     tokenizer = fetch(hf.AutoTokenizer.from_pretrained, source)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
@@ -98,37 +94,35 @@ def length_mask(lengths, size):
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 class Encoder(nn.Module):
-    """A frozen audio encoder, run at the true length of each clip, without Whisper's 30 s of
-    padding. The padding of a batch is masked: a clip's frames do not depend on the others."""
+    """A frozen audio encoder. Each clip keeps its true length, without Whisper's 30 s of padding,
+    and its frames do not depend on the other clips of the batch."""
     frame_rate = 50  # per second, in every supported family
 
     def __init__(self, model, extractor):
         super().__init__()
         self.model, self.extractor = model, extractor
-        self.is_whisper = model.config.model_type == "whisper"
         self.dim = model.config.hidden_size
+        self.run = self.whisper if isinstance(model, WhisperEncoder) else self.wav2vec2
 
     @torch.no_grad()
     def forward(self, waves):
         """B arrays (samples,) -> frames (B, T, D), zero past each length, and lengths (B,)."""
         waves = [np.pad(wave, (0, max(0, 400 - len(wave)))) for wave in waves]  # a full window
-        encode = self.whisper_frames if self.is_whisper else self.wav2vec2_frames
-        if getattr(self.model.config, "feat_extract_norm", "") == "group":
-            # Group norm takes its statistics over padding too: one clip at a time.
-            frames, lengths = zip(*(encode([wave]) for wave in waves))
+        if getattr(self.model.config, "feat_extract_norm", "") == "group":  # it counts padding
+            frames, lengths = zip(*(self.run([wave]) for wave in waves))
             return pad_sequence([clip[0] for clip in frames], True), torch.cat(lengths)
-        frames, lengths = encode(waves)
+        frames, lengths = self.run(waves)
         return frames * length_mask(lengths, frames.shape[1])[..., None], lengths
 
-    def whisper_frames(self, waves):
-        """What `WhisperEncoder.forward` does, at any length up to 30 s (Radford et al. 2022)."""
+    def whisper(self, waves):
+        """`WhisperEncoder.forward` at any length up to 30 s (Radford et al. 2022)."""
         model = self.model
         mels = [self.extractor(wave, sampling_rate=SAMPLE_RATE, padding="do_not_pad",
                                return_tensors="pt").input_features[0].T for wave in waves]
         mel_lengths = torch.tensor([len(mel) for mel in mels], device=model.device)
         mel = pad_sequence(mels, batch_first=True).to(model.device, model.dtype)
         x = F.gelu(model.conv1(mel.transpose(1, 2)))
-        # conv2 looks one frame past the end, where a clip by itself would have zeros.
+        # conv2 looks one frame past the end, where a clip alone would have zeros.
         x = x * length_mask(mel_lengths, x.shape[2])[:, None]
         x = F.gelu(model.conv2(x)).transpose(1, 2)
         x = x + model.embed_positions.weight[:x.shape[1]]
@@ -138,21 +132,17 @@ class Encoder(nn.Module):
             x = layer(x, mask)
         return model.layer_norm(x), lengths
 
-    def wav2vec2_frames(self, waves):
-        """HuBERT, wav2vec 2.0 and WavLM take raw samples and an attention mask."""
-        model = self.model
-        waves = [torch.tensor(self.extractor(wave, sampling_rate=SAMPLE_RATE).input_values[0])
-                 for wave in waves]
-        samples = torch.tensor([len(wave) for wave in waves], device=model.device)
-        x = pad_sequence(waves, batch_first=True).to(model.device, model.dtype)
-        mask = length_mask(samples, x.shape[1]) if len(waves) > 1 else None
-        frames = model(x, attention_mask=mask).last_hidden_state
-        return frames, model._get_feat_extract_output_lengths(samples)
+    def wav2vec2(self, waves):
+        """HuBERT, wav2vec 2.0 and WavLM take raw samples and their mask."""
+        inputs = self.extractor(waves, sampling_rate=SAMPLE_RATE, padding=True,
+                                return_attention_mask=True, return_tensors="pt")
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        lengths = self.model._get_feat_extract_output_lengths(inputs.attention_mask.sum(1))
+        return self.model(**inputs).last_hidden_state, lengths
 
 class Projector(nn.Module):
-    """The trained bridge: stack k frames -> RMSNorm -> Linear -> GELU -> Linear -> RMSNorm.
-    The last norm starts at `rms`, that of the decoder's embeddings: sound is as loud as words.
-    By default `hidden` makes about 13M parameters, and is at most twice the encoder's width."""
+    """The trained bridge: stack k frames -> RMSNorm -> Linear -> GELU -> Linear -> RMSNorm, of 13M
+    parameters or fewer. rms is that of the decoder's embeddings: sound starts as loud as words."""
 
     def __init__(self, encoder_dim, decoder_dim, rms=1.0, stack=5, hidden=None):
         super().__init__()
@@ -163,42 +153,39 @@ class Projector(nn.Module):
         self.linear_out = nn.Linear(self.hidden, decoder_dim, bias=False)
         self.norm_out = nn.RMSNorm(decoder_dim, eps=1e-6)
         nn.init.constant_(self.norm_out.weight, rms)
-        self.mask = self.dropout = 0.0  # fractions of stacked frames and of hidden units
+        self.mask = self.dropout = 0.0  # shares of frames and of hidden units
 
     def forward(self, frames, lengths):
         """frames (B, T, D), lengths (B,) -> audio (B, N, d), counts (B,); N = ceil(T / k)."""
         frames = F.pad(frames.float(), (0, 0, 0, -frames.shape[1] % self.stack))  # none is lost
         x = frames.reshape(len(frames), -1, self.stack * frames.shape[2])
-        if self.training:
-            x = x * (torch.rand(x.shape[:2], device=x.device) >= self.mask)[..., None]
+        x = F.dropout1d(x, self.mask, self.training)  # of whole frames; the norm undoes its scale
         x = F.gelu(self.linear_in(self.norm_in(x)))
         x = self.linear_out(F.dropout(x, self.dropout, self.training))
         return self.norm_out(x.float()), (lengths + self.stack - 1) // self.stack
 
 class CTCHead(nn.Module):
     """Spell with the decoder's own words: the logits of a frame are its dot products with the
-    decoder's input embeddings, beside one learned blank (CTC: Graves et al. 2006).
-    Class 0 is the blank; class i is the decoder's token id tokens[i - 1]."""
+    decoder's input embeddings and with one learned blank (CTC: Graves et al. 2006).
+    Class 0 is the blank, class i the token tokens[i - 1] of the decoder."""
 
     def __init__(self, decoder_dim, rms=1.0):
         super().__init__()
         self.blank = nn.Parameter(torch.zeros(decoder_dim))
         self.bias = nn.Parameter(torch.zeros(()))
-        # A frame that equals a token's embedding starts with a logit of 60; less learns slowly.
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(60 / (decoder_dim * rms**2))))
+        # At first a frame that equals a token's embedding has logit 60. Less learns slowly.
+        self.log_temperature = nn.Parameter(torch.tensor(60 / (decoder_dim * rms**2)).log())
         self.register_buffer("tokens", torch.zeros(0, dtype=torch.int32))
 
     def forward(self, audio, embeddings, tokens=None):
-        """audio (B, N, d), embeddings (vocabulary, d) -> logits (B, N, 1 + V), float32.
-        tokens (V,): other ones than those of the head."""
-        z = audio * self.log_temperature.exp()
-        blank = z @ self.blank + self.bias
+        """audio (..., N, d), embeddings (vocabulary, d), tokens (V,) -> logits (..., N, 1 + V)."""
+        audio = audio * self.log_temperature.exp()
+        blank = (audio @ self.blank + self.bias)[..., None]
         words = embeddings[self.tokens if tokens is None else tokens]
-        return torch.cat([blank[..., None], F.linear(z.to(words.dtype), words).float()], dim=-1)
+        return torch.cat([blank, F.linear(audio.to(words.dtype), words).float()], dim=-1)
 
 class LoRA(nn.Module):
-    """A trained low-rank update of a frozen layer, W x + B A x (Hu et al. 2021). Optional; a
-    small decoder hardly learns to listen without."""
+    """A trained low-rank update of a frozen layer: W x + B A x (Hu et al. 2021)."""
 
     def __init__(self, linear, rank):
         super().__init__()
@@ -211,31 +198,27 @@ class LoRA(nn.Module):
         return output + F.linear(inputs[0] @ self.a.to(output.dtype).T, self.b.to(output.dtype))
 
 def ctc_prefix_extend(log_probs, clips, state, last, classes):
-    """Append tokens to R texts, K to each (Watanabe et al. 2017, algorithm 2). log_probs
-    (B, N, 1 + V); clips (R,) of the texts; last (R,), the class of their last token, 0 if empty;
-    classes (R, K). state (R, N, 2): log p, up to each frame, of all paths through the text that
-    end in its last token (0) or a blank (1). Returns log p of all that begins with the longer
-    texts (R, K), and their states (R, N, 2, K)."""
+    """Try K next classes for each of R texts (Watanabe et al. 2017, algorithm 2). log_probs
+    (B, N, 1 + V), clip and last class (0: none) of each text (R,), classes (R, K). state (R, N, 2)
+    is log p that the frames up to n spell the text and end in its last token (0) or a blank (1).
+    Returns log p that the clip begins with the longer text (R, K), and its state (R, N, 2, K)."""
     token = log_probs[clips[:, None, None], np.arange(state.shape[1])[:, None], classes[:, None]]
     blank = log_probs[clips, :, :1]
-    repeats = classes[:, None] == last[:, None, None]  # need a blank between
+    repeats = classes[:, None] == last[:, None, None]  # a repeated token needs a blank between
     before = np.where(repeats, state[:, :, 1:], np.logaddexp(state[:, :, :1], state[:, :, 1:]))
     longer = np.full((*state.shape, classes.shape[1]), -np.inf)
     longer[:, 0, 0] = np.where(last[:, None] == 0, token[:, 0], -np.inf)
     for n in range(1, state.shape[1]):
-        in_token, in_blank = longer[:, n - 1, 0], longer[:, n - 1, 1]
-        longer[:, n, 0] = np.logaddexp(in_token, before[:, n - 1]) + token[:, n]
-        longer[:, n, 1] = np.logaddexp(in_token, in_blank) + blank[:, n]
-    starts = np.concatenate([longer[:, :1, 0], before[:, :-1] + token[:, 1:]], axis=1)
+        longer[:, n, 0] = np.logaddexp(longer[:, n - 1, 0], before[:, n - 1]) + token[:, n]
+        longer[:, n, 1] = np.logaddexp(longer[:, n - 1, 0], longer[:, n - 1, 1]) + blank[:, n]
+    starts = np.concatenate([longer[:, :1, 0], before[:, :-1] + token[:, 1:]], axis=1)  # any frame
     return np.logaddexp.reduce(starts, axis=1), longer
 
 TRANSCRIBE = "Transcribe: <audio>"
 DECODINGS = ("ctc", "greedy", "joint")
-JOINT_WEIGHT = 0.4  # of CTC in joint decoding; chosen on development clips
 
 class TinyAudio(nn.Module):
-    """An untrained model of two backbones by name; `from_pretrained` loads a trained one.
-    lora is the rank of a low-rank update of the decoder (0: none), decode one of DECODINGS."""
+    """Two frozen backbones and an untrained bridge. lora is the rank of `LoRA` layers (0: none)."""
 
     def __init__(self, encoder, decoder, stack=5, hidden=None, lora=0, decode="greedy",
                  device=None, dtype=None):
@@ -245,24 +228,24 @@ class TinyAudio(nn.Module):
         self.embed, self.end = self.decoder.get_input_embeddings(), self.tokenizer.eos_token_id
         weight = self.embed.weight
         self.device, dim = weight.device, weight.shape[1]
-        rms = torch.linalg.vector_norm(weight, dtype=torch.float32).item() / weight.numel()**0.5
-        self.projector = Projector(self.encoder.dim, dim, rms, stack, hidden).to(self.device)
-        self.ctc = CTCHead(dim, rms).to(self.device)
+        rms = weight.norm(dtype=torch.float32).item() / weight.numel()**0.5
+        self.projector = Projector(self.encoder.dim, dim, rms, stack, hidden)
+        self.ctc = CTCHead(dim, rms)
         layers = self.decoder.base_model.named_modules() if lora else ()
-        self.lora = nn.ModuleDict({name.replace(".", "-"): LoRA(layer, lora).to(self.device)
+        self.lora = nn.ModuleDict({name.replace(".", "-"): LoRA(layer, lora)
                                    for name, layer in layers if isinstance(layer, nn.Linear)})
-        self.word_dropout = 0.0  # fraction of answer tokens hidden from the decoder, in training
-        self.config = {"encoder": encoder, "decoder": decoder, "stack": stack,
-                       "hidden": self.projector.hidden, "lora": lora, "decode": decode}
+        self.to(self.device)
+        self.word_dropout = 0.0  # share of answer tokens hidden from the decoder, in training
+        self.config = dict(encoder=encoder, decoder=decoder, stack=stack,
+                           hidden=self.projector.hidden, lora=lora, decode=decode)
 
-    def train(self, mode=True):
-        """The frozen parts stay in eval mode."""
+    def train(self, mode=True):  # the frozen parts stay in eval mode
         self.training = mode
         self.projector.train(mode)
         return self
 
     def trained(self):
-        """name -> tensor of all that a checkpoint holds."""
+        """Name -> tensor of a checkpoint."""
         return {name: x for name, x in self.state_dict().items()
                 if name.startswith(("projector.", "ctc.", "lora."))}
 
@@ -274,15 +257,15 @@ class TinyAudio(nn.Module):
 
     def prompt(self, task=TRANSCRIBE):
         """Token ids before and after the audio, by the tokenizer's chat template."""
-        # Some templates print a long system message, if there is none, or the date of today.
+        # Without a system message some templates write a long one. Some write today's date.
         messages = [{"role": "system", "content": ""}, {"role": "user", "content": task}]
         template = re.sub(r"strftime_now\([^()]*\)", "''", self.tokenizer.get_chat_template())
-        fill = functools.partial(self.tokenizer.apply_chat_template, chat_template=template,
-                                 tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        options = dict(chat_template=template, tokenize=False, add_generation_prompt=True,
+                       enable_thinking=False)
         try:
-            text = fill(messages)
-        except Exception:  # a template raises what it likes at a role that it does not know
-            text = fill(messages[1:])
+            text = self.tokenizer.apply_chat_template(messages, **options)
+        except Exception:  # some templates know no system role
+            text = self.tokenizer.apply_chat_template(messages[1:], **options)
         before, _, after = text.rpartition("<audio>")
         return self.tokenize(before), self.tokenize(after)
 
@@ -296,16 +279,15 @@ class TinyAudio(nn.Module):
                 for clip, count in zip(audio, counts.tolist())]
 
     def loss(self, frames, lengths, answers, ctc_weight=0.1, lm_weight=1.0):
-        """frames (B, T, D), lengths (B,), B lists of token ids -> loss and its two parts, summed
-        over tokens. A part without weight is not computed."""
+        """frames (B, T, D), lengths (B,), B lists of token ids -> summed loss, its two parts."""
         audio, counts = self.projector(frames, lengths)
-        zero = torch.zeros((), device=self.device)
+        zero = audio.new_zeros(())
         ctc = self.ctc_loss(audio, counts, answers) if ctc_weight else zero
         lm = self.lm_loss(audio, counts, answers) if lm_weight else zero
         return ctc_weight * ctc + lm_weight * lm, {"ctc": ctc.detach(), "lm": lm.detach()}
 
     def ctc_loss(self, audio, counts, answers):
-        """CTC loss; an answer with more tokens than the clip has frames counts as zero."""
+        """CTC loss. An answer with more tokens than frames counts as zero."""
         log_probs = self.ctc(audio, self.embed.weight).log_softmax(-1).transpose(0, 1)
         classes = {token: i for i, token in enumerate(self.ctc.tokens.tolist(), 1)}
         answers = [[classes[token] for token in answer if token in classes] for answer in answers]
@@ -318,20 +300,19 @@ class TinyAudio(nn.Module):
         prompts = self.embed_prompt(audio, counts)
         words = [self.embed_ids(answer) for answer in answers]
         if self.training and self.word_dropout:  # listen, do not only guess (Bowman et al. 2016)
-            words = [word * (torch.rand(len(word), 1, device=self.device) >= self.word_dropout)
-                     for word in words]
-        # Padding is on the right, where causal attention never looks: no mask is needed.
+            words = [x * (torch.rand(len(x), 1, device=self.device) >= self.word_dropout)
+                     for x in words]
+        # Padding on the right needs no mask: causal attention never looks there.
         x = pad_sequence([torch.cat(row) for row in zip(prompts, words)], batch_first=True)
-        # The vocabulary is the most expensive layer: no logits before the first answer begins.
-        start = min(map(len, prompts)) - 1
-        keep = torch.arange(start, x.shape[1], device=self.device)
+        # Logits are expensive: none before the first answer begins.
+        keep = x.shape[1] + 1 - min(map(len, prompts))
         logits = self.decoder(inputs_embeds=x, use_cache=False, logits_to_keep=keep).logits
-        labels = [torch.tensor([-100] * (len(prompt) - 1 - start) + answer + [self.end])
+        labels = [torch.tensor([-100] * (len(prompt) - 1) + answer + [self.end])
                   for prompt, answer in zip(prompts, answers)]
-        labels = pad_sequence(labels, True, padding_value=-100).to(self.device)
+        labels = pad_sequence(labels, True, padding_value=-100)[:, -keep:].to(self.device)
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
 
-    # Decoding. From here on, audio is (B, N, d), counts (B,), and answers B lists of token ids.
+    # Decoding. From here on: audio (B, N, d), counts (B,), answers as B lists of token ids.
 
     @torch.no_grad()
     def encode(self, waves):
@@ -339,7 +320,7 @@ class TinyAudio(nn.Module):
         return self.projector(*self.encoder(waves))
 
     def set_ctc_tokens(self, texts):
-        """Let the CTC head spell with the tokens of the texts and with single characters."""
+        """CTC may use the tokens of the texts and single characters."""
         letters = string.ascii_letters + string.digits + "'.,?!-"
         texts = [*texts, *letters, *(f" {letter}" for letter in letters)]
         tokens = sorted(set(self.ctc.tokens.tolist()).union(*map(self.tokenize, texts)))
@@ -347,24 +328,24 @@ class TinyAudio(nn.Module):
 
     @torch.no_grad()
     def ctc_greedy(self, audio, counts):
-        """The best class of each frame, without repeats and blanks -> answers."""
+        """The best class of each frame, without repeats and blanks."""
         best = self.ctc(audio, self.embed.weight).argmax(-1)
         paths = [path[:count].unique_consecutive() for path, count in zip(best, counts.tolist())]
         return [self.ctc.tokens[path[path > 0] - 1].tolist() for path in paths]
 
     def left_pad(self, prompts):
-        """B tensors (length, d) -> embeddings (B, longest, d), mask (B, longest), 0 at padding."""
-        masks = [torch.ones(len(row), dtype=torch.long, device=self.device) for row in prompts]
+        """B tensors (length, d) -> (B, longest, d) and its mask (B, longest), 0 at padding."""
+        masks = [torch.ones(len(x), dtype=torch.long, device=self.device) for x in prompts]
         return [pad_sequence(rows, True, padding_side="left") for rows in (prompts, masks)]
 
     def token_limits(self, counts, task=TRANSCRIBE):
-        """The most tokens of B answers: 6.5 per second of speech and 10 more; 200 of a task."""
+        """The most tokens of each answer: 10 and 6.5 per second, or 200 for another task."""
         seconds = counts * self.projector.stack / self.encoder.frame_rate
         return [int(6.5 * s) + 10 if task == TRANSCRIBE else 200 for s in seconds.tolist()]
 
     @torch.no_grad()
     def generate(self, audio, counts, task=TRANSCRIBE, streamer=None):
-        """Greedy decoding by the language model -> answers. streamer is one of transformers."""
+        """Greedy decoding by the language model, with a streamer of transformers."""
         x, mask = self.left_pad(self.embed_prompt(audio, counts, task))
         limits = self.token_limits(counts, task)
         found = self.decoder.generate(
@@ -374,52 +355,54 @@ class TinyAudio(nn.Module):
         return [ids[:ids.index(self.end)] if self.end in ids else ids for ids in answers]
 
     @torch.no_grad()
-    def joint(self, audio, counts, weight=JOINT_WEIGHT, beams=4, choices=16):
-        """Beam search for the best (1 - weight) log p_LM + weight log p_CTC -> answers. The
-        language model knows sentences, CTC holds it to the sound (Watanabe et al. 2017). `choices`
-        tokens are tried: those that the language model expects and some frame sounds like."""
+    def joint(self, audio, counts, weight=0.4, beams=4, choices=16):
+        """Beam search for the best (1 - weight) log p_LM + weight log p_CTC: the language model
+        knows sentences, CTC holds it to the sound (Watanabe et al. 2017). Each text tries
+        `choices` next tokens, which the language model expects and some frame sounds like."""
         log_probs = self.ctc(audio, self.embed.weight).log_softmax(-1)
-        padding = ~length_mask(counts, log_probs.shape[1])[..., None]
-        log_probs.masked_fill_(padding, -math.inf)[..., :1].masked_fill_(padding, 0)  # all blank
-        max_log_probs, log_probs = log_probs[..., 1:].amax(1), log_probs.cpu().numpy()
-        x, mask = self.left_pad(self.embed_prompt(audio, counts))
-        inputs = {"inputs_embeds": x, "position_ids": (mask.cumsum(1) - 1).clamp(0)}
-        # R texts, at first the empty one of each clip; and the best of each clip that has ended
-        clips, texts, lm = np.arange(len(audio)), [()] * len(audio), np.zeros(len(audio))
-        blanks = log_probs[:, :, 0].cumsum(1, dtype=np.float64)
+        padding = ~length_mask(counts, log_probs.shape[1])
+        log_probs[padding] = -np.inf
+        log_probs[padding, 0] = 0  # certainly blank
+        loudest, log_probs = log_probs[..., 1:].amax(1), log_probs.cpu().numpy()
+        # R unfinished texts, at first an empty one of each clip; last is the class they end in
+        clips, texts, lm = np.arange(len(audio)), [[]] * len(audio), np.zeros(len(audio))
+        blanks, last = log_probs[:, :, 0].cumsum(1, dtype=np.float64), np.zeros_like(clips)
         state = np.stack([np.full_like(blanks, -np.inf), blanks], axis=2)
-        best, cache = [(-math.inf, ())] * len(audio), None
+        answers, best = [[]] * len(audio), np.full(len(audio), -np.inf)  # the best that ended
+        (x, mask), cache = self.left_pad(self.embed_prompt(audio, counts)), None
         while texts:
-            out = self.decoder(**inputs, attention_mask=mask, past_key_values=cache,
-                               use_cache=True, logits_to_keep=1)
-            lm_log_probs, cache = out.logits[:, -1].float().log_softmax(-1), out.past_key_values
-            ended = (1 - weight) * (lm + lm_log_probs[:, self.end].cpu().numpy())
+            positions = (mask.cumsum(1) - 1).clamp(0)[:, -x.shape[1]:]
+            out = self.decoder(inputs_embeds=x, attention_mask=mask, position_ids=positions,
+                               past_key_values=cache, use_cache=True, logits_to_keep=1)
+            next_lm, cache = out.logits[:, -1].float().log_softmax(-1), out.past_key_values
+            ended = (1 - weight) * (lm + next_lm[:, self.end].cpu().numpy())
             ended += weight * np.logaddexp(state[:, -1, 0], state[:, -1, 1])
             for clip, text, score in zip(clips, texts, ended):
-                best[clip] = max(best[clip], (score, text))
-            lm_log_probs = lm_log_probs[:, self.ctc.tokens]
-            promising = (1 - weight) * lm_log_probs + weight * max_log_probs[clips]
+                if score > best[clip]:
+                    answers[clip], best[clip] = text, score
+            next_lm = next_lm[:, self.ctc.tokens]
+            promising = (1 - weight) * next_lm + weight * loudest[clips]
             top = promising.topk(min(choices, promising.shape[1])).indices
-            classes, last = top.cpu().numpy() + 1, np.array([(0, *text)[-1] for text in texts])
+            classes = top.cpu().numpy() + 1
             ctc, longer = ctc_prefix_extend(log_probs, clips, state, last, classes)
-            lm = lm[:, None] + lm_log_probs.gather(1, top).cpu().numpy()
-            scores, kept = (1 - weight) * lm + weight * ctc, []  # (R, choices)
-            for row, column in zip(*np.unravel_index(scores.argsort(None)[::-1], scores.shape)):
-                full = sum(clips[other] == clips[row] for other, _ in kept) == beams
-                if not full and scores[row, column] > best[clips[row]][0]:  # it can only fall
-                    kept.append((row, column))
-            texts = [texts[row] + (classes[row, column],) for row, column in kept]
-            rows, columns = np.array(kept, dtype=int).reshape(-1, 2).T
-            clips, lm, state = clips[rows], lm[rows, columns], longer[rows, :, :, columns]
+            lm = lm[:, None] + next_lm.gather(1, top).cpu().numpy()
+            scores = (1 - weight) * lm + weight * ctc  # (R, choices)
+            order = np.flatnonzero(scores > best[clips, None])  # a score can only fall
+            order = order[scores.flat[order].argsort()[::-1]]
+            owner = clips[order // scores.shape[1]]
+            kept = [order[owner == clip][:beams] for clip in range(len(audio))]
+            rows, columns = np.unravel_index(np.concatenate(kept), scores.shape)
+            clips, lm, last = clips[rows], lm[rows, columns], classes[rows, columns]
+            state = longer[rows, :, :, columns]
+            tokens = self.ctc.tokens[last - 1].tolist()
+            texts = [texts[row] + [token] for row, token in zip(rows, tokens)]
+            x, mask = self.embed_ids(tokens)[:, None], F.pad(mask[rows], (0, 1), value=1)
             cache.batch_select_indices(torch.from_numpy(rows).to(self.device))
-            mask = F.pad(mask[rows], (0, 1), value=1)
-            tokens = self.ctc.tokens[[text[-1] - 1 for text in texts]][:, None]
-            inputs = {"input_ids": tokens, "position_ids": mask.sum(1, keepdim=True) - 1}
-        return [self.ctc.tokens[[i - 1 for i in text]].tolist() for _, text in best]
+        return answers
 
     def decode(self, audio, counts, decode=None, task=TRANSCRIBE):
-        """-> answers. decode is one of DECODINGS; by default the best one of the training.
-        If CTC finds no token, the answer is empty. If it never ends, it is that of CTC."""
+        """Answers by one of DECODINGS; the default is the one that was best in training.
+        Where CTC hears nothing, the answer is empty. One that never ends gives way to CTC's."""
         decode = decode or self.config["decode"]
         if decode not in DECODINGS:
             raise InputError(f"decode={decode!r} is none of {', '.join(DECODINGS)}")
@@ -433,12 +416,12 @@ class TinyAudio(nn.Module):
             search = self.joint if decode == "joint" else self.generate
             limits = self.token_limits(counts[speech])
             for clip, answer, limit in zip(speech, search(audio[speech], counts[speech]), limits):
-                answers[clip] = answer if len(answer) < limit else answers[clip]
+                if len(answer) < limit:
+                    answers[clip] = answer
         return answers
 
     def transcribe(self, source, decode=None, task=TRANSCRIBE, sample_rate=SAMPLE_RATE):
-        """Text of one clip of any length (see `data.read_audio`), or texts of a list of clips.
-        Raises InputError for one that cannot be read."""
+        """Text of one clip of any length (see `data.read_audio`), or texts of a list of clips."""
         clips = source if isinstance(source, list) else [source]
         pieces = [(i, wave) for i, clip in enumerate(clips)
                   for _, wave in split_audio(read_audio(clip, sample_rate))]
@@ -453,12 +436,11 @@ class TinyAudio(nn.Module):
 
     def align(self, audio, ids):
         """audio (N, d), L token ids -> frames (L,) in which they are said, probabilities (L,).
-        The gradient of the CTC loss is p - posterior (Graves et al. 2006, eq. 16), and the
-        posterior of a token peaks where it is said."""
-        with torch.no_grad():
-            total = self.ctc(audio, self.embed.weight).logsumexp(-1, keepdim=True)
-            logits = self.ctc(audio, self.embed.weight, torch.tensor(ids, device=self.device))
-        log_probs, classes = (logits - total).cpu(), torch.arange(1, len(ids) + 1)
+        A token is said where its posterior, given the whole text, is highest. The gradient of the
+        CTC loss is probability - posterior (Graves et al. 2006, eq. 16)."""
+        total = self.ctc(audio, self.embed.weight).logsumexp(-1, keepdim=True)
+        logits = self.ctc(audio, self.embed.weight, torch.tensor(ids, device=self.device))
+        log_probs, classes = (logits - total).detach().cpu(), torch.arange(1, len(ids) + 1)
         loss = F.ctc_loss(log_probs.requires_grad_()[:, None], classes[None], [len(audio)],
                           [len(ids)], reduction="sum", zero_infinity=True)
         gradient, probs = torch.autograd.grad(loss, log_probs)[0], log_probs.detach().exp()
@@ -466,7 +448,7 @@ class TinyAudio(nn.Module):
         return frames, probs[frames, classes]
 
     def save_pretrained(self, folder, notes=""):
-        """Write what is trained, matrices in bfloat16, config.json and a model card with notes."""
+        """Write the trained tensors (matrices in bfloat16), config.json and a model card."""
         if self.config["lora"] and not self.lora:
             raise ValueError("the low-rank update is merged into the decoder and cannot be saved")
         tensors = {name: x.bfloat16() if x.ndim == 2 else x for name, x in self.trained().items()}
@@ -477,8 +459,7 @@ class TinyAudio(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, device=None, dtype=None, merge=True):
-        """A trained model, from a folder that `save_pretrained` wrote or from the Hub. merge=False
-        keeps a low-rank update apart, to train it; merged into the decoder it costs nothing."""
+        """A trained model of a folder or the Hub. merge=False keeps LoRA apart, to train it on."""
         local = Path(name).is_dir()
         folder = Path(name if local else fetch(huggingface_hub.snapshot_download, str(name)))
         try:
@@ -486,26 +467,23 @@ class TinyAudio(nn.Module):
             earlier = folder.glob("*.safetensors")  # projector and lora, of earlier versions
             for file in list(folder.glob("model.safetensors")) or earlier:
                 tensors |= safetensors.torch.load_file(file)
-            if sorted(config) != ["decode", "decoder", "encoder", "hidden", "lora", "stack"]:
-                raise ValueError(f"config.json has the keys {', '.join(config)}")
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            model = cls(**config, device=device, dtype=dtype)
+        except (OSError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise InputError(f"{name} is no checkpoint: {first_line(error)}") from None
-        model = cls(**config, device=device, dtype=dtype)
         model.load_trained(tensors, name)
-        for layer, update in model.lora.items() if merge else ():
+        for layer, update in model.lora.items() if merge else ():  # then it costs nothing
             update.hook.remove()
             weight = model.decoder.base_model.get_submodule(layer.replace("-", ".")).weight
-            weight.addmm_(update.b.detach().to(weight), update.a.detach().to(weight))
+            weight += (update.b @ update.a).detach().to(weight)
         model.lora = nn.ModuleDict() if merge else model.lora
         model.trained_size = sum(x.numel() for x in tensors.values() if x.is_floating_point())
         return model.eval()
 
     def load_trained(self, tensors, name):
-        """Take over what `trained` gave. Raises InputError, with a name, if it does not fit."""
-        tokens = tensors.get("ctc.tokens", self.ctc.tokens)
-        self.ctc.tokens = tokens.to(self.device)  # of any number
-        shapes = [{name: x.shape for name, x in part.items()} for part in (tensors, self.trained())]
-        if shapes[0] != shapes[1]:
+        """Load what `trained` gave, from the checkpoint of this name."""
+        self.ctc.tokens = tensors.get("ctc.tokens", self.ctc.tokens).to(self.device)  # any size
+        found, needed = ({k: x.shape for k, x in y.items()} for y in (tensors, self.trained()))
+        if found != needed:
             raise InputError(f"{name} is no checkpoint: its tensors do not fit its config.json")
         self.load_state_dict(tensors, strict=False)
 
@@ -514,7 +492,6 @@ library_name: tiny-audio
 pipeline_tag: automatic-speech-recognition
 ---
 # Tiny Audio: {encoder} -> {decoder}
-
 `TinyAudio.from_pretrained("this folder or its hub id").transcribe("file.wav")`
 
 {notes}
