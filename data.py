@@ -92,7 +92,7 @@ def split_audio(blocks):
     yield start / SAMPLE_RATE, rest
 
 def clean_text(text):
-    """Text to train on: tags become punctuation or are dropped, ALL CAPS become lower case."""
+    """Text to train on: tags become punctuation or go, ALL CAPS, even one acronym, lower case."""
     text = re.sub(rf" ?<({'|'.join(MARKS)})>", lambda tag: MARKS[tag[1]], text)  # of GigaSpeech
     text = re.sub(r"<[\w|/-]+>|\[[\w -]+\]", " ", text)  # <inaudible>, [background noise]
     text = " ".join(text.split())

@@ -23,7 +23,7 @@ from tinyaudio import DECODINGS, TRANSCRIBE, TinyAudio
 
 ASSETS = Path(__file__).parent / "assets"
 
-def segments(model, sources, decode=None, task=TRANSCRIBE, words=False, batch_seconds=30):
+def segments(model, sources, decode=None, task=TRANSCRIBE, words=False, batch_seconds=15):
     """Transcribe sound of any length and number. Yields in order, as they are ready, dicts source
     (index), start, end (seconds), text and, if asked for, words; or source and error."""
     batch, seconds = [], 0

@@ -467,9 +467,11 @@ class TinyAudio(nn.Module):
             earlier = folder.glob("*.safetensors")  # projector and lora, of earlier versions
             for file in list(folder.glob("model.safetensors")) or earlier:
                 tensors |= safetensors.torch.load_file(file)
-            model = cls(**config, device=device, dtype=dtype)
-        except (OSError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            if sorted(config) != ["decode", "decoder", "encoder", "hidden", "lora", "stack"]:
+                raise ValueError(f"config.json has the keys {', '.join(config)}")
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise InputError(f"{name} is no checkpoint: {first_line(error)}") from None
+        model = cls(**config, device=device, dtype=dtype)
         model.load_trained(tensors, name)
         for layer, update in model.lora.items() if merge else ():  # then it costs nothing
             update.hook.remove()

@@ -249,9 +249,9 @@ for command in sys.argv[1:]:
         assert line.startswith(command.split()[0] + ": ") and "missing" in line
 
 def test_the_project_stays_small():
-    limits = {"data.py": 230, "offline.py": 120, "tinyaudio.py": 450, "train.py": 380,
-              "sample.py": 160, "eval.py": 210, "demo.py": 130, "bench.py": 180,
-              "*.py": 1850, "tests/*.py": 1300, "README.md": 220}
+    limits = {"data.py": 232, "offline.py": 120, "tinyaudio.py": 500, "train.py": 490,
+              "sample.py": 170, "eval.py": 220, "demo.py": 130, "bench.py": 210,
+              "*.py": 2050, "tests/*.py": 1320, "README.md": 220}
     faults, sizes = [], {}
     for pattern, limit in limits.items():
         text = "".join(path.read_text("utf-8") for path in ROOT.glob(pattern))
@@ -262,4 +262,4 @@ def test_the_project_stays_small():
             faults += [f"{pattern}, two statements: {token.line}" for token in
                        tokenize.generate_tokens(io.StringIO(text).readline) if token.string == ";"]
     assert {path.name for path in ROOT.glob("*.py")} < limits.keys() and not faults, faults
-    assert sizes["*.py"] <= 92_000 and sizes["README.md"] <= 14_000, sizes
+    assert sizes["*.py"] <= 111_000 and sizes["README.md"] <= 14_000, sizes
