@@ -235,7 +235,7 @@ def load_data(args, model, rank, world, place, pool):
             about += f", {size:.2f} GB of frames kept"
         windows = ((epoch, None, clips) for epoch in itertools.count(place["number"]))
     steps = make_steps(windows, model, args, place["index"], rank, world, pool)
-    return prefetch(steps), val, f"{about}; left out: {dict(left_out)}"
+    return prefetch(steps), val, f"{about}; left out: {dict(left_out) or 'nothing'}"
 
 def build_model(args, state):
     """The model of --resume, of --init-from (flags may not contradict it), or a new one."""
