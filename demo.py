@@ -72,7 +72,7 @@ def listen(model, minutes, path, prompt):
     facts = f"{len(wave) / SAMPLE_RATE:.1f} s of sound in {time.perf_counter() - since:.1f} s"
     for kind in ("srt", "json") if parts else ():
         link = quote(render(kind, Path(path).name, parts))
-        facts += f' · <a download="{Path(path).stem}.{kind}" href="data:,{link}">{kind.upper()}</a>'
+        facts += f' | <a download="{Path(path).stem}.{kind}" href="data:,{link}">{kind.upper()}</a>'
     yield text.strip() or "(no words)", draw(wave, parts) + facts
 
 def main(argv=None):
