@@ -169,7 +169,7 @@ def measure(args):
           "TFLOP/s\n\n| | x real time | loss | MFU |\n|---|---|---|---|")
     for layer in model.decoder.base_model.layers:
         layer.compile(dynamic=True)
-    buckets = [[clips[i] for i in batch] for batch in make_batches(seconds, 30)]
+    buckets = make_batches(clips, 30)
     mixed = [clips[i::len(buckets)] for i in range(len(buckets))]
     for name, phase, batches in [("phase 1", 1, buckets), ("phase 2, --compile", 2, buckets),
                                  ("phase 2", 2, buckets), ("phase 2, naive", 2, mixed)]:

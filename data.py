@@ -146,17 +146,20 @@ def to_clip(row, name, folder=""):
     return {"name": name, "audio": audio, "text": clean_text("" if text is None else str(text))}
 
 def is_hub_id(name):
-    """Whether a name is owner/name, and not that of a file, here or missing."""
+    """Whether a name is owner/name:config:split, and not that of a file, here or missing."""
     is_file = Path(name).exists() or name.endswith((".jsonl", ".csv", ".tsv", ".parquet"))
-    return not is_file and bool(re.fullmatch(r"[\w-]+/[\w.-]+", name))
+    return not is_file and bool(re.fullmatch(r"[\w-]+/[\w.-]+(:[\w.-]*){0,2}", name))
 
-def open_stream(hub_id, config, split):
-    """A set of the Hub as a `datasets.IterableDataset`, with its audio as it was encoded."""
+def open_stream(name, split):
+    """A set of the Hub, owner/name:config:split, as a `datasets.IterableDataset`, with its audio
+    as it was encoded. The config and the split may be left out."""
     from datasets import load_dataset
+    hub_id, config, asked = f"{name}::".split(":")[:3]
     try:
-        return load_dataset(hub_id, config, split=split, streaming=True).decode(False)
+        rows = load_dataset(hub_id, config or None, split=asked or split, streaming=True)
+        return rows.decode(False)
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot open {hub_id} on the Hub: {first_line(error)}") from None
+        raise InputError(f"cannot open {name} on the Hub: {first_line(error)}") from None
 
 def stream_clips(rows, hub_id):
     """Clips of a stream, as of `read_clips`. Embedded audio is named by a hash of its bytes."""
@@ -169,18 +172,18 @@ def stream_clips(rows, hub_id):
     except (OSError, ValueError) as error:
         raise InputError(f"{hub_id}: the stream broke off ({first_line(error)})") from None
 
-def make_batches(seconds, batch_seconds, rng=None):
-    """Lists of indices of clips of similar length; longest clip times clips <= `batch_seconds`.
-    rng is a numpy Generator that shuffles, or None for longest first."""
-    seconds = np.asarray(seconds, dtype=float)
-    jitter = rng.uniform(0.9, 1.1, len(seconds)) if rng else 1
+def make_batches(clips, batch_seconds, rng=None):
+    """Lists of clips (dicts with `seconds`) of similar length; longest times clips <=
+    `batch_seconds`. rng is a numpy Generator that shuffles, or None for longest first."""
+    jitter = rng.uniform(0.9, 1.1, len(clips)) if rng else np.ones(len(clips))
+    order = np.argsort([-clip["seconds"] * x for clip, x in zip(clips, jitter)], kind="stable")
     batches, longest = [], 0.0
-    for index in np.argsort(-seconds * jitter, kind="stable").tolist():
-        longest = max(longest, seconds[index])
+    for clip in (clips[i] for i in order):
+        longest = max(longest, clip["seconds"])
         if not batches or longest * (len(batches[-1]) + 1) > batch_seconds:
             batches.append([])
-            longest = seconds[index]
-        batches[-1].append(index)
+            longest = clip["seconds"]
+        batches[-1].append(clip)
     return [batches[i] for i in rng.permutation(len(batches))] if rng else batches
 
 def coloured_noise(size, rng):
@@ -223,8 +226,9 @@ def write_file(path, data):
     try:
         unfinished.write_bytes(data)
         unfinished.replace(path)
-    finally:
+    except OSError as error:
         unfinished.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {first_line(error)}") from None
 
 def finished_rows(path):
     """Rows of a .jsonl that a script wrote, without a last line that a crash cut off."""

@@ -71,7 +71,7 @@ def read_samples(args):
     if args.dataset in BENCHMARKS or is_hub_id(args.dataset):
         hub_id, config, split = BENCHMARKS.get(args.dataset, (args.dataset, None, "test"))
         config, split = args.config or config, args.split or split
-        rows = open_stream(hub_id, config, split)
+        rows = open_stream(f"{hub_id}:{config or ''}:{split}", "test")
         if args.max_samples:
             rows = rows.shuffle(args.seed, buffer_size=SHUFFLED).take(args.max_samples)
         name = "-".join(filter(None, [args.dataset.replace("/", "-"), config, split]))
@@ -103,21 +103,21 @@ def load_recognizer(name, decode, device):
 
 def recognize(clips, recognizer):
     """Rows (hypothesis, seconds, time, failed) of clips, in their order."""
-    rows, waves, good = [], [], []
+    rows, good = [], []
     for clip in clips:
         rows.append({"hypothesis": "", "seconds": 0.0, "time": 0.0, "failed": None})
         try:
-            waves.append(load_audio(clip["audio"]))
-            rows[-1]["seconds"] = len(waves[-1]) / SAMPLE_RATE
+            wave = load_audio(clip["audio"])
+            rows[-1] |= {"wave": wave, "seconds": len(wave) / SAMPLE_RATE}
             good.append(rows[-1])
         except InputError as error:
             rows[-1]["failed"] = str(error)
-    for batch in make_batches([row["seconds"] for row in good], 120):
+    for batch in make_batches(good, 120):
         start = time.perf_counter()
-        texts = recognizer([waves[i] for i in batch])
-        rate = (time.perf_counter() - start) / sum(good[i]["seconds"] for i in batch)
-        for i, text in zip(batch, texts):  # each clip has its share of the batch's time
-            good[i].update(hypothesis=text, time=rate * good[i]["seconds"])
+        texts = recognizer([row.pop("wave") for row in batch])
+        rate = (time.perf_counter() - start) / sum(row["seconds"] for row in batch)
+        for row, text in zip(batch, texts):  # each clip has its share of the batch's time
+            row.update(hypothesis=text, time=rate * row["seconds"])
     return rows
 
 def compare(first, second):

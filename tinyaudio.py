@@ -11,6 +11,7 @@ The file follows the sound. Shapes: B clips, T encoder frames (50 per second), N
 import json
 import re
 import string
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -223,10 +224,11 @@ class TinyAudio(nn.Module):
     def __init__(self, encoder, decoder, stack=5, hidden=None, lora=0, decode="greedy",
                  device=None, dtype=None):
         super().__init__()
-        self.encoder = load_encoder(encoder, device, dtype)
-        self.decoder, self.tokenizer = load_decoder(decoder, device, dtype)
-        self.embed, self.end = self.decoder.get_input_embeddings(), self.tokenizer.eos_token_id
-        weight = self.embed.weight
+        # The frozen parts hide in __dict__: train(), parameters() and state_dict() do not see them.
+        self.__dict__["encoder"] = load_encoder(encoder, device, dtype)
+        self.__dict__["decoder"], self.tokenizer = load_decoder(decoder, device, dtype)
+        self.__dict__["embed"] = self.decoder.get_input_embeddings()
+        weight, self.end = self.embed.weight, self.tokenizer.eos_token_id
         self.device, dim = weight.device, weight.shape[1]
         rms = weight.norm(dtype=torch.float32).item() / weight.numel()**0.5
         self.projector = Projector(self.encoder.dim, dim, rms, stack, hidden)
@@ -239,16 +241,6 @@ class TinyAudio(nn.Module):
         self.config = dict(encoder=encoder, decoder=decoder, stack=stack,
                            hidden=self.projector.hidden, lora=lora, decode=decode)
 
-    def train(self, mode=True):  # the frozen parts stay in eval mode
-        self.training = mode
-        self.projector.train(mode)
-        return self
-
-    def trained(self):
-        """Name -> tensor of a checkpoint."""
-        return {name: x for name, x in self.state_dict().items()
-                if name.startswith(("projector.", "ctc.", "lora."))}
-
     def tokenize(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
@@ -260,12 +252,12 @@ class TinyAudio(nn.Module):
         # Without a system message some templates write a long one. Some write today's date.
         messages = [{"role": "system", "content": ""}, {"role": "user", "content": task}]
         template = re.sub(r"strftime_now\([^()]*\)", "''", self.tokenizer.get_chat_template())
-        options = dict(chat_template=template, tokenize=False, add_generation_prompt=True,
-                       enable_thinking=False)
+        options = {"chat_template": template, "tokenize": False, "enable_thinking": False}
+        write = partial(self.tokenizer.apply_chat_template, add_generation_prompt=True, **options)
         try:
-            text = self.tokenizer.apply_chat_template(messages, **options)
+            text = write(messages)
         except Exception:  # some templates know no system role
-            text = self.tokenizer.apply_chat_template(messages[1:], **options)
+            text = write(messages[1:])
         before, _, after = text.rpartition("<audio>")
         return self.tokenize(before), self.tokenize(after)
 
@@ -339,9 +331,8 @@ class TinyAudio(nn.Module):
         return [pad_sequence(rows, True, padding_side="left") for rows in (prompts, masks)]
 
     def token_limits(self, counts, task=TRANSCRIBE):
-        """The most tokens of each answer: 10 and 6.5 per second, or 200 for another task."""
-        seconds = counts * self.projector.stack / self.encoder.frame_rate
-        return [int(6.5 * s) + 10 if task == TRANSCRIBE else 200 for s in seconds.tolist()]
+        """The most tokens of each answer: 13 for 20 frames (2 s) and 10, or 200 for other tasks."""
+        return [n * 13 // 20 + 10 if task == TRANSCRIBE else 200 for n in counts.tolist()]
 
     @torch.no_grad()
     def generate(self, audio, counts, task=TRANSCRIBE, streamer=None):
@@ -423,16 +414,18 @@ class TinyAudio(nn.Module):
     def transcribe(self, source, decode=None, task=TRANSCRIBE, sample_rate=SAMPLE_RATE):
         """Text of one clip of any length (see `data.read_audio`), or texts of a list of clips."""
         clips = source if isinstance(source, list) else [source]
-        pieces = [(i, wave) for i, clip in enumerate(clips)
+        pieces = [{"clip": i, "wave": wave, "seconds": len(wave) / SAMPLE_RATE}
+                  for i, clip in enumerate(clips)
                   for _, wave in split_audio(read_audio(clip, sample_rate))]
-        texts = [""] * len(pieces)
-        for batch in make_batches([len(wave) / SAMPLE_RATE for _, wave in pieces], 120):
-            answers = self.decode(*self.encode([pieces[i][1] for i in batch]), decode, task)
-            for i, answer in zip(batch, answers):
-                texts[i] = self.detokenize(answer)
-        whole = [" ".join(text for (owner, _), text in zip(pieces, texts) if owner == i and text)
-                 for i in range(len(clips))]
-        return whole if isinstance(source, list) else whole[0]
+        for batch in make_batches(pieces, 120):
+            answers = self.decode(*self.encode([piece["wave"] for piece in batch]), decode, task)
+            for piece, answer in zip(batch, answers):
+                piece["text"] = self.detokenize(answer)
+        texts = [[] for _ in clips]
+        for piece in pieces:
+            texts[piece["clip"]] += piece["text"].split()
+        texts = [" ".join(words) for words in texts]
+        return texts if isinstance(source, list) else texts[0]
 
     def align(self, audio, ids):
         """audio (N, d), L token ids -> frames (L,) in which they are said, probabilities (L,).
@@ -451,7 +444,7 @@ class TinyAudio(nn.Module):
         """Write the trained tensors (matrices in bfloat16), config.json and a model card."""
         if self.config["lora"] and not self.lora:
             raise ValueError("the low-rank update is merged into the decoder and cannot be saved")
-        tensors = {name: x.bfloat16() if x.ndim == 2 else x for name, x in self.trained().items()}
+        tensors = {k: x.bfloat16() if x.ndim == 2 else x for k, x in self.state_dict().items()}
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_file(Path(folder, "model.safetensors"), safetensors.torch.save(tensors))
         write_file(Path(folder, "config.json"), json.dumps(self.config, indent=2) + "\n")
@@ -463,16 +456,19 @@ class TinyAudio(nn.Module):
         local = Path(name).is_dir()
         folder = Path(name if local else fetch(huggingface_hub.snapshot_download, str(name)))
         try:
-            config, tensors = json.loads((folder / "config.json").read_text()), {}
-            earlier = folder.glob("*.safetensors")  # projector and lora, of earlier versions
-            for file in list(folder.glob("model.safetensors")) or earlier:
-                tensors |= safetensors.torch.load_file(file)
+            config = json.loads((folder / "config.json").read_text())
             if sorted(config) != ["decode", "decoder", "encoder", "hidden", "lora", "stack"]:
                 raise ValueError(f"config.json has the keys {', '.join(config)}")
+            files = sorted(folder.glob("*.safetensors"))  # two, in earlier versions
+            tensors = {k: x for file in files for k, x in safetensors.torch.load_file(file).items()}
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise InputError(f"{name} is no checkpoint: {first_line(error)}") from None
         model = cls(**config, device=device, dtype=dtype)
-        model.load_trained(tensors, name)
+        model.ctc.tokens = tensors.get("ctc.tokens", model.ctc.tokens).to(model.device)  # any size
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError:
+            raise InputError(f"{name}: its tensors do not fit its config.json") from None
         for layer, update in model.lora.items() if merge else ():  # then it costs nothing
             update.hook.remove()
             weight = model.decoder.base_model.get_submodule(layer.replace("-", ".")).weight
@@ -480,14 +476,6 @@ class TinyAudio(nn.Module):
         model.lora = nn.ModuleDict() if merge else model.lora
         model.trained_size = sum(x.numel() for x in tensors.values() if x.is_floating_point())
         return model.eval()
-
-    def load_trained(self, tensors, name):
-        """Load what `trained` gave, from the checkpoint of this name."""
-        self.ctc.tokens = tensors.get("ctc.tokens", self.ctc.tokens).to(self.device)  # any size
-        found, needed = ({k: x.shape for k, x in y.items()} for y in (tensors, self.trained()))
-        if found != needed:
-            raise InputError(f"{name} is no checkpoint: its tensors do not fit its config.json")
-        self.load_state_dict(tensors, strict=False)
 
 CARD = """---
 library_name: tiny-audio

@@ -104,7 +104,7 @@ def dataset(tmp_path_factory):
 def train_flags(toys, dataset):
     """A run of a few steps of each phase."""
     steps = ("--ctc-steps 8 --steps 8 --batch-seconds 6 --accumulate 2 --lr 5e-3 --log-every 1 "
-             "--eval-every 4 --val-clips 3 --lora-rank 2 --device cpu")
+             "--eval-every 4 --lora-rank 2 --device cpu")
     names = ["--encoder", toys["whisper"], "--decoder", toys["llama"], "--dataset", dataset]
     return names + steps.split()
 

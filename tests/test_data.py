@@ -112,14 +112,15 @@ def test_data_files_that_cannot_be_read(tmp_path, name, content):
     assert "\n" not in str(error.value)
 
 def test_batches_hold_every_clip_once_within_the_limit():
-    seconds = np.random.default_rng(0).uniform(0.5, 20, 500)
-    found = [make_batches(seconds, 120, np.random.default_rng(seed)) for seed in (1, 2)]
+    clips = [{"seconds": x} for x in np.random.default_rng(0).uniform(0.5, 20, 500)]
+    found = [make_batches(clips, 120, np.random.default_rng(seed)) for seed in (1, 2)]
     assert found[0] != found[1]
-    for batches in [*found, make_batches(seconds, 120)]:
-        assert sorted(sum(batches, [])) == list(range(500))
-        room = [seconds[batch].max() * len(batch) for batch in batches]
-        assert max(room) <= 120 and seconds.sum() / sum(room) > 0.9  # at random about a half
-    assert make_batches([50.0], 10) == [[0]] and make_batches([], 10) == []
+    for batches in [*found, make_batches(clips, 120)]:
+        assert {id(clip) for clip in sum(batches, [])} == {id(clip) for clip in clips}
+        seconds = [[clip["seconds"] for clip in batch] for batch in batches]
+        room = [max(batch) * len(batch) for batch in seconds]
+        assert max(room) <= 120 and sum(map(sum, seconds)) / sum(room) > 0.9  # at random a half
+    assert make_batches(clips[:1], 0.1) == [clips[:1]] and make_batches([], 10) == []
 
 def test_speed_and_noise_stay_in_their_ranges():
     wave = tone(2)

@@ -242,10 +242,10 @@ def test_save_and_load_the_trained_part_alone(toys, tmp_path):
     model.save_pretrained(tmp_path, notes="It was trained on toys.")
     card, weights = (tmp_path / "README.md").read_text(), [*tmp_path.glob("*.safetensors")]
     assert toys["whisper"] in card and "from_pretrained" in card and "trained on toys." in card
-    size = sum(x.numel() for x in model.trained().values())
+    size = sum(x.numel() for x in model.state_dict().values())
     assert sum(file.stat().st_size for file in weights) < 2 * size + 5000  # bfloat16
     loaded = TinyAudio.from_pretrained(tmp_path, "cpu", torch.float32)
-    torch.testing.assert_close(loaded.trained(), model.trained(), rtol=0.005, atol=1e-6)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0.005, atol=1e-6)
     assert loaded.config == model.config == json.loads((tmp_path / "config.json").read_text())
     assert loaded.transcribe(WAVES) == loaded.transcribe(WAVES, "ctc")
 

@@ -73,20 +73,20 @@ def test_a_run_learns_and_writes_its_files(trained):
 
 def test_what_it_prints_and_that_it_decodes_the_best_way(calm, tmp_path, monkeypatch, capsys):
     wers = {"ctc": 0.3, "greedy": 0.1, "joint": 0.2}
-    monkeypatch.setattr(train, "validate", lambda model, clips, args, decodings, pool: (
+    monkeypatch.setattr(train, "validate", lambda model, clips, decodings: (
         {decode: wers[decode] for decode in decodings}, "hello"))
     assert train.main([*calm, "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "config.json").read_text())["decode"] == "greedy"
     printed = capsys.readouterr().out
-    for words in ("M trained", "left out:", "step 1/6 phase 1 epoch 0 loss ", " norm ", "real time",
-                  "step 6/6 phase 2", "10.0 % greedy", "hyp: hello", f"--model {tmp_path}"):
+    for words in ("M trained", "left out:", "step 1, phase 1, epoch 0, loss ", ", x_real_time ",
+                  "step 6, phase 2,", "10.0 % greedy", "hyp: hello", f"--model {tmp_path}"):
         assert words in printed, words
 
 @pytest.mark.parametrize("kill", [False, True])
 def test_a_run_that_is_stopped_or_killed_goes_on(train_flags, trained, tmp_path, kill):
     process = start("train.py", *train_flags, "--out", tmp_path)
     for line in process.stdout:
-        if line.startswith("step 6/"):
+        if line.startswith("step 6, "):
             process.kill() if kill else process.terminate()
             break
     rest = process.stdout.read()
@@ -105,10 +105,8 @@ def test_two_processes_train_as_one(calm, calm_losses, tmp_path):
                 *calm, "--accumulate", 1, "--out", tmp_path)
     printed = two.communicate(timeout=300)[0]
     assert two.returncode == 0, printed
-    assert printed.count("step 3/6 phase") == 1  # only one of them prints
+    assert printed.count("step 3, phase") == 1  # only one of them prints
     assert close(losses(tmp_path), calm_losses, 5e-3)
-    with pytest.raises(InputError, match="trained by 2 processes"):
-        train.main(["--resume", str(tmp_path)])
 
 def test_a_full_disk_keeps_the_last_checkpoint(calm, tmp_path, monkeypatch):
     def full(path, data):
@@ -118,10 +116,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(calm, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         # The plot is drawn before the checkpoint is written.
         patch.setattr(train, "plot", lambda *_: patch.setattr(Path, "write_bytes", full))
-        with pytest.raises(InputError) as error:
+        with pytest.raises(InputError, match="cannot write .*safetensors: No space left"):
             train.main([*calm, "--out", str(tmp_path)])
-    assert re.fullmatch("cannot write the checkpoint of step 3: No space left .*--resume.*",
-                        str(error.value))
     assert not list(tmp_path.glob("*.unfinished"))
     TinyAudio.from_pretrained(str(tmp_path), "cpu")
     assert train.main(["--resume", str(tmp_path)]) == 0
@@ -135,8 +131,6 @@ def test_a_folder_with_a_run_and_other_flags_are_refused(train_flags, trained, t
     assert status.value.code == 2 and "--resume takes no other flag" in capsys.readouterr().err
     with pytest.raises(InputError, match="no run to resume"):
         train.main(["--resume", str(tmp_path)])
-    with pytest.raises(InputError, match="for sets of the Hub"):
-        train.main([*train_flags, "--split", "train", "--out", str(tmp_path)])
 
 def test_init_from_takes_over_the_model(toys, dataset, tmp_path):
     flags = ["--init-from", str(tmp_path / "first"), "--dataset", dataset, "--ctc-steps", "0"]
@@ -162,7 +156,7 @@ def stream(toys, tmp_path, monkeypatch):
     rows = []
     for i in range(30):
         file = io.BytesIO()
-        soundfile.write(file, tone(0.5 + i / 50, i), 16_000, format="flac")
+        soundfile.write(file, tone(1.5 + i / 50, i), 16_000, format="flac")
         audio = b"this is no audio" if i == 7 else file.getvalue()
         rows.append({"wav": {"bytes": audio, "path": None}, "ID": str(i),
                      "text": "" if i == 3 else SENTENCES[i % 4].upper()})
@@ -175,7 +169,7 @@ def stream(toys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "WINDOW", 10)
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
-    flags = ("--dataset loquacious --ctc-steps 5 --steps 5 --batch-seconds 4 --val-clips 2 "
+    flags = ("--dataset loquacious --ctc-steps 5 --steps 5 --batch-seconds 9 "
              "--log-every 1 --eval-every 4 --lr 1e-4 --device cpu")
     return ["--encoder", toys["whisper"], "--decoder", toys["llama"], *flags.split()]
 
@@ -211,7 +205,7 @@ def test_a_stream_that_breaks_off_goes_on(stream, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "open_stream", lambda *names: open_stream(*names).map(read))
     train.main([*stream, "--out", "whole"])
     broken.append("25")
-    with pytest.raises(InputError, match=r"broke off \(Name or service.*--resume parts"):
+    with pytest.raises(InputError, match=r"broke off \(Name or service"):
         train.main([*stream, "--out", "parts"])
     assert 0 < torch.load("parts/state.pt", weights_only=True)["step"] < 10
     broken.clear()
@@ -237,7 +231,9 @@ def test_bad_steps_are_skipped_and_five_in_a_row_end_the_run(calm, tmp_path, mon
 
 def test_broken_clips_are_left_out_once(calm, dataset, tmp_path, capsys):
     def write(name, *files):
-        rows = [json.dumps({"audio": str(file), "text": "turn on the light"}) for file in files]
+        texts = {good[5]: "two plus " * 9, good[4]: "<noise>"}
+        rows = [json.dumps({"audio": str(file), "text": texts.get(file, "turn on the light")})
+                for file in files]
         (tmp_path / name).write_text("\n".join(rows))
         return str(tmp_path / name)
     flac, good = io.BytesIO(), [Path(dataset).parent / f"{i}.wav" for i in range(8)]
@@ -250,7 +246,9 @@ def test_broken_clips_are_left_out_once(calm, dataset, tmp_path, capsys):
     val = ["--val", write("val.jsonl", *good[6:]), "--out", str(tmp_path / "a")]
     assert train.main([*flags, *val]) == 0
     printed = capsys.readouterr()
-    assert printed.err.count("damaged.flac") == 1 and re.search(r"left out: .*\b2\b", printed.out)
+    assert printed.err.count("damaged.flac") == 1 and "4 clips, and 2 clips" in printed.out
+    for reason in ("s long': 3,", "'without text': 1", "'with more text than sound': 1"):
+        assert reason in printed.out
     val = ["--val", write("none.jsonl", "empty.wav"), "--out", str(tmp_path / "b")]
     with pytest.raises(InputError, match=r"none\.jsonl"):
         train.main([*flags, *val])
