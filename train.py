@@ -221,10 +221,11 @@ def build_model(args):
 
 def validate(model, clips, decodings):
     """WER of the clips by each way of decoding, and the text of the first clip by the last way."""
-    wers, sounds, references = {}, *zip(*((clip["audio"], clip["text"]) for clip in clips))
+    sounds, references = ([clip[key] for clip in clips] for key in ("audio", "text"))
+    wers = {}
     model.eval()
     for decode in decodings:
-        texts = model.transcribe(list(sounds), decode)
+        texts = model.transcribe(sounds, decode)
         wers[decode] = corpus_wer(references, texts)
     model.train()
     return wers, texts[0]
@@ -245,14 +246,6 @@ def plot(out, rows):
     right.set(title="WER of the validation clips", xlabel="step", ylim=(0, None))
     right.legend()
     figure.savefig(out / "plot.png", dpi=80)
-
-def all_sum(sums, device):
-    """Each value of a dict, summed over all processes."""
-    if not dist.is_initialized():
-        return sums
-    total = torch.tensor([float(x) for x in sums.values()], dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return dict(zip(sums, total.tolist()))
 
 def save(args, model, optimizer, step, place, rows):
     """Write what `TinyAudio.from_pretrained` reads, and state.pt for --resume."""
@@ -291,8 +284,9 @@ def main(argv=None):
     place = state["place"] if state else {"number": 0, "position": None, "done": 0}
     windows, val = load_data(args, model, place)
     steps = prefetch(make_steps(windows, model, args, place["done"], rank, world))
-    bridge = [*model.projector.parameters(), *model.ctc.parameters()]
-    parameters = [*bridge, *model.lora.parameters()]
+    parameters = list(model.parameters())
+    for p in parameters:
+        p.grad = torch.zeros_like(p)  # a process may have no clips for a step
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0, fused=True)
     first, rows, log_file = 0, [], Path(out / "log.jsonl" if rank == 0 else os.devnull)
     if state:
@@ -351,11 +345,12 @@ def main(argv=None):
                 loss, parts = model.loss(frames, lengths, answers, *weights)
             loss.backward()
             counts.update(parts, flops=model_flops(model, batch, *weights))
-        counts = all_sum(counts, model.device)
-        for p in bridge if phase == 1 else parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # had no clip
-            if world > 1:
-                dist.all_reduce(p.grad)
+        if world > 1:
+            values = torch.tensor([float(x) for x in counts.values()], device=model.device)
+            for x in (values, *(p.grad for p in parameters)):
+                dist.all_reduce(x)
+            counts = dict(zip(counts, values.tolist()))
+        for p in parameters:
             p.grad /= counts["tokens"]
 
         # Clip and step
@@ -370,7 +365,7 @@ def main(argv=None):
                   + ", ".join(clip["name"] for clip in clips), file=sys.stderr)
             if bad_steps == 5:
                 raise InputError(f"five bad steps in a row: lower --lr; {out} has the checkpoint")
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
 
         # Log
         last = step == end or counts["stop"]
