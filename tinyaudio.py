@@ -273,9 +273,8 @@ class TinyAudio(nn.Module):
     def loss(self, frames, lengths, answers, ctc_weight=0.1, lm_weight=1.0):
         """frames (B, T, D), lengths (B,), B lists of token ids -> summed loss, its two parts."""
         audio, counts = self.projector(frames, lengths)
-        zero = audio.new_zeros(())
-        ctc = self.ctc_loss(audio, counts, answers) if ctc_weight else zero
-        lm = self.lm_loss(audio, counts, answers) if lm_weight else zero
+        ctc = self.ctc_loss(audio, counts, answers) if ctc_weight else audio.new_zeros(())
+        lm = self.lm_loss(audio, counts, answers) if lm_weight else audio.new_zeros(())
         return ctc_weight * ctc + lm_weight * lm, {"ctc": ctc.detach(), "lm": lm.detach()}
 
     def ctc_loss(self, audio, counts, answers):
@@ -421,10 +420,9 @@ class TinyAudio(nn.Module):
             answers = self.decode(*self.encode([piece["wave"] for piece in batch]), decode, task)
             for piece, answer in zip(batch, answers):
                 piece["text"] = self.detokenize(answer)
-        texts = [[] for _ in clips]
+        texts = [""] * len(clips)
         for piece in pieces:
-            texts[piece["clip"]] += piece["text"].split()
-        texts = [" ".join(words) for words in texts]
+            texts[piece["clip"]] = f"{texts[piece['clip']]} {piece['text']}".strip()
         return texts if isinstance(source, list) else texts[0]
 
     def align(self, audio, ids):

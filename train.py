@@ -46,10 +46,12 @@ TRAINING_SETS = {  # on the Hub
 MAX_SECONDS = 30  # longer clips are left out
 NO_SPEECH = 0.03  # fraction of clips that are added: noise and tones, with an empty text
 WINDOW = 1000  # clips of a stream that are shuffled and batched together
+AT_LEAST_1 = ("stack", "hidden", "batch_seconds", "accumulate", "log_every", "eval_every")
+FRACTIONS = ("mask", "dropout", "word_dropout", "augment")
 MODEL = ("encoder", "decoder", "stack", "hidden", "lora")  # flags of the model
 
 def parse_args(argv):
-    """The flags, and the saved state if there is --resume."""
+    """The flags, and the state to start from, which is that of --resume."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -83,8 +85,12 @@ def parse_args(argv):
     add("--device", help="cuda, mps or cpu (default: the best one)")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        low, high = int(name in AT_LEAST_1), 1 if name in FRACTIONS else 1e9
+        if isinstance(value, (int, float)) and not low <= value <= high:  # nor NaN
+            parser.error(f"--{name.replace('_', '-')} is {value}, not from {low} to {high:g}")
     if not args.resume:
-        return args, None
+        return args, {"step": 0, "place": {"number": 0, "position": None, "done": 0}}
     if args != parser.parse_args(["--resume", args.resume]):
         parser.error("--resume takes no other flag: the run goes on as it was started")
     try:
@@ -274,51 +280,51 @@ def main(argv=None):
         dist.init_process_group(timeout=datetime.timedelta(hours=6))  # of one validation
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # only the first process prints
-    out = Path(args.out)
+    out, log_file = Path(args.out), Path(args.out, "log.jsonl")
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "state.pt").exists() and not state:
+    if (out / "state.pt").exists() and not args.resume:
         raise InputError(f"{out} holds a run: go on with --resume {out}, or choose another --out")
+    log_file.touch()  # before the long work, as --out may not be writable
+    rows = [row for row in finished_rows(log_file) if row["step"] <= state["step"]]
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32
     model = build_model(args)
-    place = state["place"] if state else {"number": 0, "position": None, "done": 0}
-    windows, val = load_data(args, model, place)
-    steps = prefetch(make_steps(windows, model, args, place["done"], rank, world))
+    windows, val = load_data(args, model, state["place"])
+    steps = prefetch(make_steps(windows, model, args, state["place"]["done"], rank, world))
     parameters = list(model.parameters())
     for p in parameters:
         p.grad = torch.zeros_like(p)  # a process may have no clips for a step
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0, fused=True)
-    first, rows, log_file = 0, [], Path(out / "log.jsonl" if rank == 0 else os.devnull)
-    if state:
+    if args.resume:
         model.load_state_dict(state["model"])  # in float32
         optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-        rows = [row for row in finished_rows(out / "log.jsonl") if row["step"] <= first]
     elif rank == 0:
-        save(args, model, optimizer, 0, place, rows)  # from here on the run can be resumed
+        save(args, model, optimizer, rows=rows, **state)  # from here on the run can be resumed
     dtype = model.embed.weight.dtype
     peak = matmul_flops(model.device, dtype) * world
     print(f"{model.config['encoder']} -> {sum(p.numel() for p in parameters) / 1e6:.2f}M trained "
           f"-> {model.config['decoder']}, {dtype}, {model.device} x {world} at {peak / 1e12:.2f} "
           f"TFLOP/s, {len(model.ctc.tokens)} CTC tokens")
-    log_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if rank == 0:
+        write_file(log_file, "".join(json.dumps(row) + "\n" for row in rows))
     if args.wandb and rank == 0:
         import wandb
         wandb.init(project=args.wandb, config=vars(args), dir=out)
 
     def log(row):
         rows.append(row)
-        with open(log_file, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        if args.wandb and rank == 0:
-            wandb.log(row, step=row["step"])
+        if rank == 0:
+            with open(log_file, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            if args.wandb:
+                wandb.log(row, step=row["step"])
 
     stop, bad_steps, sums, since = [], 0, Counter(), time.perf_counter()
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, lambda number, frame: stop.append(number))
     total = args.ctc_steps + args.steps
     trained_ctc = args.ctc_steps or args.init_from  # an untrained one is of no use in phase 2
-    for step in range(first + 1, total + 1):
+    for step in range(state["step"] + 1, total + 1):
         # Learning rate, and weights of the CTC loss and the cross-entropy
         if step <= args.ctc_steps:
             phase, end, weights = 1, args.ctc_steps, (1, 0)

@@ -129,6 +129,11 @@ def test_a_folder_with_a_run_and_other_flags_are_refused(train_flags, trained, t
     with pytest.raises(SystemExit) as status:
         train.main(["--resume", str(trained), "--lr", "1"])
     assert status.value.code == 2 and "--resume takes no other flag" in capsys.readouterr().err
+    for flag in ("--seed -1", "--lora-rank -1", "--dropout 1.5", "--batch-seconds nan",
+                 "--ctc-steps -1", "--accumulate 0"):
+        with pytest.raises(SystemExit):
+            train.main([*train_flags, *flag.split()])
+        assert f"{flag[:6]}" in capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(InputError, match="no run to resume"):
         train.main(["--resume", str(tmp_path)])
 
