@@ -133,25 +133,31 @@ def make_clips(model, count):
                       "answer": model.tokenize(" ".join(command["text"] for command in said))})
     return clips
 
-def naive_loss(model, clips):
-    """As a first attempt would have it: 30 s of padding, frames not kept, logits everywhere."""
-    padded = [np.pad(clip["wave"], (0, 30 * SAMPLE_RATE - len(clip["wave"]))) for clip in clips]
-    prompts = model.embed_prompt(*model.projector(*model.encoder(padded)))
-    rows = [(prompt, clip["answer"] + [model.end]) for prompt, clip in zip(prompts, clips)]
-    x = pad_sequence([torch.cat([prompt, model.embed_ids(ids)]) for prompt, ids in rows], True)
-    labels = [torch.tensor([-100] * len(prompt) + ids) for prompt, ids in rows]
+def naive_loss(model, frames, lengths, answers):
+    """As a first attempt would have it: logits everywhere."""
+    prompts = model.embed_prompt(*model.projector(frames, lengths))
+    ids = [answer + [model.end] for answer in answers]
+    x = pad_sequence([torch.cat([x, model.embed_ids(y)]) for x, y in zip(prompts, ids)], True)
+    labels = [torch.tensor([-100] * len(prompt) + y) for prompt, y in zip(prompts, ids)]
     labels = pad_sequence(labels, True, padding_value=-100).to(model.device)
     return model.decoder(inputs_embeds=x, labels=labels, num_items_in_batch=1).loss
 
 def train_epoch(model, batches, phase, naive=False):
-    """Forward and backward over the batches, without a step. Returns the loss per token."""
+    """Forward and backward over the batches, without a step. Returns the loss per token.
+    naive: frames are not kept, and every clip is padded to 30 s."""
     total, dtype = 0.0, model.embed.weight.dtype
     for clips in batches:
-        frames, answers = zip(*((clip["frames"], clip["answer"]) for clip in clips))
+        answers, frames = ([clip[key] for clip in clips] for key in ("answer", "frames"))
         lengths = torch.tensor(list(map(len, frames)), device=model.device)
-        inputs = pad_sequence(frames, True), lengths, answers, phase == 1, phase == 2
+        inputs = pad_sequence(frames, True), lengths, answers
+        if naive:
+            waves = [np.pad(c["wave"], (0, 30 * SAMPLE_RATE - len(c["wave"]))) for c in clips]
+            inputs = *model.encoder(waves), answers
         with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            loss = naive_loss(model, clips) if naive else model.loss(*inputs)[0]
+            if naive:
+                loss = naive_loss(model, *inputs)
+            else:
+                loss, _ = model.loss(*inputs, ctc_weight=phase == 1, lm_weight=phase == 2)
         loss.backward()
         model.zero_grad()
         total += loss.item()

@@ -12,7 +12,9 @@ import soundfile
 import soxr
 
 SAMPLE_RATE = 16_000  # Hz
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+AUDIO_SUFFIXES = (  # the last row is not read, but named
+    ".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".w64", ".caf", ".au", ".mp2",
+    ".m4a", ".mp4", ".aac", ".webm", ".wma", ".amr")
 AUDIO_COLUMNS = ("audio", "wav", "file_name", "audio_filepath", "path")
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")
 MARKS = {"COMMA": ",", "PERIOD": ".", "QUESTIONMARK": "?", "EXCLAMATIONPOINT": "!"}
@@ -29,67 +31,128 @@ def load_audio(source, sample_rate=SAMPLE_RATE):
 
 def read_audio(source, sample_rate=SAMPLE_RATE):
     """Yields sound of any length as float32 arrays (samples,), mono, 16 kHz, of about 10 s.
-    source is a path, bytes or file object of what libsndfile reads; or an array or tensor
+    source is a path, bytes or file object of what libsndfile reads; an array or tensor
     (samples,), (samples, channels) or (channels, samples), float in [-1, 1] or integer, of
-    sample_rate in Hz. Raises InputError."""
+    sample_rate in Hz; an array and its rate; or a row of Hugging Face datasets. Raises
+    InputError, behind the last sample if a part of a file is missing."""
     name = source if isinstance(source, (str, Path)) else "audio input"
     resampler = rate = None
     try:
         for block, rate in read_blocks(source, sample_rate):
-            if not np.isfinite(block).all():
-                raise ValueError("holds samples that are not numbers")
-            mono = block.mean(axis=1)
+            if not np.abs(block).max(initial=0) < 16:
+                raise ValueError("samples are not numbers from -1 to 1")
+            mono = mix(block)
             if rate != SAMPLE_RATE:
                 resampler = resampler or soxr.ResampleStream(rate, SAMPLE_RATE, 1)
                 mono = resampler.resample_chunk(mono)
             yield mono
         if resampler:
             yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
-        if not rate:
-            raise ValueError("no sound in it (0 samples)")
     except soundfile.LibsndfileError as error:
-        raise InputError(f"{name}: not readable as audio ({error.error_string})") from None
+        raise InputError(f"{name}: not readable as audio ({error.error_string}); try ffmpeg -i "
+                         f"{name} new.wav") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: {first_line(error)}") from None
 
+def mix(block):
+    """(samples, channels) -> (samples,). Channels may cancel out: then the loudest is taken."""
+    mono, energy = block.mean(axis=1), np.square(block).sum(axis=0)
+    return mono if np.square(mono).sum() >= 0.01 * energy.max() else block[:, energy.argmax()]
+
 def read_blocks(source, sample_rate):
     """Yields (float32 array (samples, channels), its rate in Hz), about 10 s at a time."""
+    if isinstance(source, dict):  # of Hugging Face datasets
+        sample_rate = source.get("sampling_rate", sample_rate)
+        source = source.get("array", source.get("bytes") or source.get("path"))
+    if isinstance(source, tuple):  # of soundfile.read
+        source, sample_rate = source
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        source = io.BytesIO(source)
     if isinstance(source, (str, Path)):
         with open(source, "rb") as file:
-            yield from read_blocks(file, sample_rate)
-    elif isinstance(source, (bytes, bytearray, memoryview)):
-        yield from read_blocks(io.BytesIO(source), sample_rate)
+            yield from read_file(file)
     elif hasattr(source, "read"):
-        with soundfile.SoundFile(source) as file:
-            while len(block := file.read(10 * file.samplerate, dtype="float32", always_2d=True)):
-                yield block, file.samplerate
+        yield from read_file(source)
     else:
         yield as_samples(source), sample_rate
 
+class Endless:
+    """A file that says that it is very long. What libsndfile knows of the length of a sound is a
+    header's word or a guess. Now it reads as long as there is something."""
+
+    def __init__(self, file):
+        self.file, self.end = file, 0
+
+    def seek(self, offset, whence=0):
+        self.end = 2**40 + offset if whence == 2 else 0
+        return self.end or self.file.seek(offset, whence)
+
+    def tell(self):
+        return self.end or self.file.tell()
+
+    def read(self, size):
+        return self.file.read(size)
+
+def read_file(file):
+    """The blocks of an audio file. Raises ValueError at its end if a part of it is missing."""
+    sound, count, more = soundfile.SoundFile(Endless(file)), 0, True
+    stated, rate = sound.frames, sound.samplerate
+    if not stated and sound.format == "WAV":  # of a recorder that was interrupted
+        sound = soundfile.SoundFile(io.BytesIO(file.read()), format="RAW", samplerate=rate,
+                                    channels=sound.channels, subtype=sound.subtype)
+    while more:
+        block = np.full((10 * rate, sound.channels), np.nan, np.float32)
+        try:
+            block = sound.read(out=block)
+            more = len(block) == 10 * rate
+        except soundfile.LibsndfileError:  # also at the end of a FLAC that states no length
+            block, more = block[:np.isfinite(block[:, 0]).sum()], False
+        count += len(block)
+        yield block, rate
+    rest = len(file.read())
+    if not count:
+        raise ValueError("no sound in it (0 samples)")
+    if stated * sound.channels < 2**29 and count < 0.99 * stated:  # a length, not a mark for none
+        raise ValueError(f"ends early, after {count / rate:.1f} of {stated / rate:.1f} s")
+    if rest > 4096:  # more than tags
+        raise ValueError(f"only {count / rate:.1f} s can be read, and {rest} bytes follow")
+
 def as_samples(array):
     """Array or tensor -> float32 (samples, channels) in [-1, 1]. The longer dimension is time."""
-    samples = np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
-    if samples.ndim not in (1, 2) or not samples.size or samples.dtype.kind not in "fiu":
+    if hasattr(array, "detach"):
+        array = array.detach().cpu()
+        array = array.float() if array.is_floating_point() else array  # NumPy has no bfloat16
+    samples = np.asarray(array)
+    kinds = samples.dtype.kind in "fi" or samples.dtype == np.uint8
+    if samples.ndim not in (1, 2) or not samples.size or not kinds:
         raise ValueError(f"{samples.dtype} of shape {samples.shape} is not one clip of sound")
     samples = np.atleast_2d(samples)
     samples = samples.T if samples.shape[0] < samples.shape[1] else samples
     if samples.dtype.kind != "f":
-        samples = samples / 2.0 ** (8 * samples.itemsize - 1) - (samples.dtype.kind == "u")
+        bits = 8 * samples.itemsize
+        bits = min(bits, 16) if np.abs(samples).max() < 2**15 else bits  # often in a wider type
+        samples = samples / 2.0 ** (bits - 1) - (samples.dtype.kind == "u")
     return samples.astype(np.float32)
 
 def split_audio(blocks):
     """Cut a stream of arrays into pieces of 15 to 28 s, in the middle of the quietest 0.1 s.
-    Yields the start of each piece in seconds, and its samples."""
-    rest, start = np.zeros(0, np.float32), 0
+    Yields the start of each piece in seconds, and its samples; then raises what `blocks` raises."""
+    rest, start, error = np.zeros(0, np.float32), 0, None
     first, last, window = 15 * SAMPLE_RATE, 28 * SAMPLE_RATE, SAMPLE_RATE // 10
-    for block in blocks:
-        rest = np.concatenate([rest, block])
-        while len(rest) > last:
-            energy = np.square(rest[first:last]).reshape(-1, window).mean(axis=1)
-            cut = first + int(energy.argmin()) * window + window // 2
-            yield start / SAMPLE_RATE, rest[:cut]
-            rest, start = rest[cut:], start + cut
-    yield start / SAMPLE_RATE, rest
+    try:
+        for block in blocks:
+            rest = np.concatenate([rest, block])
+            while len(rest) > last:
+                energy = np.square(rest[first:last]).reshape(-1, window).mean(axis=1)
+                cut = first + int(energy.argmin()) * window + window // 2
+                yield start / SAMPLE_RATE, rest[:cut]
+                rest, start = rest[cut:], start + cut
+    except InputError as fault:
+        error = fault
+    if len(rest):
+        yield start / SAMPLE_RATE, rest
+    if error:
+        raise error
 
 def clean_text(text):
     """Text to train on: tags become punctuation or go, ALL CAPS, even one acronym, lower case."""
@@ -102,36 +165,53 @@ def read_clips(pattern):
     """Clips of .jsonl, .csv, .tsv or .parquet files, or of a folder with a .txt beside each audio
     file: dicts name, audio (path or bytes), text (cleaned). pattern is a path, a glob, or several
     with commas between. Audio paths are relative to the file. Raises InputError."""
-    parts = [pattern] if Path(pattern).exists() else map(str.strip, pattern.split(","))
-    files = [Path(file) for part in parts
-             for file in sorted(glob.glob(part, recursive=True)) or [part]]
+    exists = pattern and Path(pattern).exists()
+    files = []
+    for part in [pattern] if exists else map(str.strip, pattern.split(",")):
+        found = [] if Path(part).exists() else sorted(glob.glob(part, recursive=True))
+        files += map(Path, found or [part])
+        if not part:
+            raise InputError(f"'{pattern}': a name is missing")
     return [to_clip(row, f"{file}#{number}", file.parent)
             for file in files for number, row in enumerate(read_rows(file), 1)]
 
 def read_rows(file):
-    """The rows of one data file or folder, as dicts."""
+    """Yields the rows of one data file or folder, as dicts."""
+    number, text = 0, ""
     try:
+        if file.suffix in (".json", ".jsonl", ".csv", ".tsv"):
+            text = file.read_text("utf-8-sig")
         if file.is_dir():
-            pairs = [(audio, audio.with_suffix(".txt")) for audio in sorted(file.rglob("*"))
-                     if audio.suffix.lower() in AUDIO_SUFFIXES]
-            return [{"audio": str(audio.relative_to(file.parent)),
-                     "text": text.read_text("utf-8-sig")} for audio, text in pairs if text.exists()]
-        if file.suffix == ".parquet":
+            rows = read_folder(file)
+        elif file.suffix == ".parquet":
             import pyarrow.parquet
-            return pyarrow.parquet.read_table(file).to_pylist()
-        with open(file, newline="", encoding="utf-8-sig") as lines:
-            if file.suffix == ".jsonl":
-                return [json.loads(line) for line in lines if line.strip()]
-            if file.suffix == ".csv":
-                return list(csv.DictReader(lines))
-            if file.suffix == ".tsv":
-                return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+            rows = pyarrow.parquet.read_table(file).to_pylist()
+        elif file.suffix in (".csv", ".tsv"):
+            mark = max("\t,;|", key=text.partition("\n")[0].count)
+            quoting = csv.QUOTE_NONE if file.suffix == ".tsv" else csv.QUOTE_MINIMAL
+            rows = csv.DictReader(io.StringIO(text), delimiter=mark, quoting=quoting, strict=True)
+        elif file.suffix in (".json", ".jsonl"):
+            rows = (json.loads(line) for line in text.splitlines() if line.strip())
+        else:
+            raise ValueError("not .jsonl, .csv, .tsv, .parquet or a folder")
+        for number, row in enumerate(rows, 1):
+            yield row
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{file}: {first_line(error)}") from None
-    raise InputError(f"{file}: not .jsonl, .csv, .tsv, .parquet or a folder")
+        where = f"row {number + 1}: " if text else ""
+        raise InputError(f"{file}: {where}{first_line(error)}") from None
+
+def read_folder(folder):
+    """Rows of audio files; their text is in a .txt beside each, or as LibriSpeech has it."""
+    lines = [line.split(" ", 1) for file in folder.rglob("*.trans.txt") for line in open(file)]
+    texts = dict(line for line in lines if len(line) == 2)
+    for audio in sorted(folder.rglob("*")):
+        if audio.suffix.lower() in AUDIO_SUFFIXES:
+            file = audio.with_suffix(".txt")
+            text = file.read_text("utf-8-sig") if file.exists() else texts.get(audio.stem)
+            yield {"audio": str(audio.relative_to(folder.parent)), "text": text}
 
 def to_clip(row, name, folder=""):
-    """A row of a data file or of the Hub -> a clip, called by its path if it has one."""
+    """A row of a data file or of the Hub -> a clip, named by its path or by a hash of its bytes."""
     row = row if isinstance(row, dict) else {}
     audios = [row[column] for column in AUDIO_COLUMNS if column in row]
     texts = [row[column] for column in TEXT_COLUMNS if column in row]
@@ -142,12 +222,17 @@ def to_clip(row, name, folder=""):
     if isinstance(audio, dict):  # as Hugging Face datasets keep audio
         audio = audio.get("bytes") or audio.get("path")
     if isinstance(audio, str):
-        audio = name = str(Path(folder, audio))
-    return {"name": name, "audio": audio, "text": clean_text("" if text is None else str(text))}
+        path = Path(folder, audio)
+        beside = Path(folder, "clips", audio)  # as Common Voice has it
+        audio = name = str(beside if beside.exists() and not path.exists() else path)
+    elif isinstance(audio, bytes):
+        name = hashlib.md5(audio).hexdigest()
+    no_text = text is None or text != text  # NaN is not equal to itself
+    return {"name": name, "audio": audio, "text": "" if no_text else clean_text(str(text))}
 
 def is_hub_id(name):
     """Whether a name is owner/name:config:split, and not that of a file, here or missing."""
-    is_file = Path(name).exists() or name.endswith((".jsonl", ".csv", ".tsv", ".parquet"))
+    is_file = Path(name).parent.is_dir() or Path(name).suffix in (".csv", ".tsv", ".jsonl")
     return not is_file and bool(re.fullmatch(r"[\w-]+/[\w.-]+(:[\w.-]*){0,2}", name))
 
 def open_stream(name, split):
@@ -162,13 +247,10 @@ def open_stream(name, split):
         raise InputError(f"cannot open {name} on the Hub: {first_line(error)}") from None
 
 def stream_clips(rows, hub_id):
-    """Clips of a stream, as of `read_clips`. Embedded audio is named by a hash of its bytes."""
+    """Clips of a stream, as of `read_clips`."""
     try:
         for row in rows:
-            clip = to_clip(row, hub_id)
-            if isinstance(clip["audio"], bytes):
-                clip["name"] = hashlib.md5(clip["audio"]).hexdigest()
-            yield clip
+            yield to_clip(row, hub_id)
     except (OSError, ValueError) as error:
         raise InputError(f"{hub_id}: the stream broke off ({first_line(error)})") from None
 

@@ -25,16 +25,16 @@ from transformers import PretrainedConfig, pipeline
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from data import (SAMPLE_RATE, InputError, finished_rows, first_line, is_hub_id, load_audio,
-                  make_batches, open_stream, read_clips, stream_clips, write_file)
+from data import (SAMPLE_RATE, InputError, finished_rows, is_hub_id, load_audio, make_batches,
+                  open_stream, read_clips, stream_clips, write_file)
 from tinyaudio import DECODINGS, TinyAudio, fetch
 
 ASR = "hf-audio/esb-datasets-test-only-sorted"  # the test sets of the Open ASR Leaderboard
-BENCHMARKS = {  # name -> hub id, config, split
-    "loquacious": ("speechbrain/LoquaciousSet", "medium", "test"),
-    "librispeech": (ASR, "librispeech", "test.clean"),
-    "commonvoice": (ASR, "common_voice", "test"),
-    **{name: (ASR, name, "test") for name in
+BENCHMARKS = {  # on the Hub
+    "loquacious": "speechbrain/LoquaciousSet:medium:test",
+    "librispeech": f"{ASR}:librispeech:test.clean",
+    "commonvoice": f"{ASR}:common_voice:test",
+    **{name: f"{ASR}:{name}:test" for name in
        ("ami", "earnings22", "gigaspeech", "spgispeech", "tedlium", "voxpopuli")},
 }
 NORMALIZERS = {"english": EnglishTextNormalizer(), "basic": BasicTextNormalizer(),
@@ -67,21 +67,16 @@ def interval(rows, statistic=wer):
     return np.percentile(values, [2.5, 97.5]).tolist()
 
 def read_samples(args):
-    """The clips to score, and the name of their set for the output folder."""
-    if args.dataset in BENCHMARKS or is_hub_id(args.dataset):
-        hub_id, config, split = BENCHMARKS.get(args.dataset, (args.dataset, None, "test"))
-        config, split = args.config or config, args.split or split
-        rows = open_stream(f"{hub_id}:{config or ''}:{split}", "test")
-        if args.max_samples:
-            rows = rows.shuffle(args.seed, buffer_size=SHUFFLED).take(args.max_samples)
-        name = "-".join(filter(None, [args.dataset.replace("/", "-"), config, split]))
-        return list(stream_clips(rows, hub_id)), name
-    if args.config or args.split:
-        raise InputError("--config and --split are for sets of the Hub, not for files")
-    clips = read_clips(args.dataset)
-    random.Random(args.seed).shuffle(clips)
-    name = re.sub(r"\W+", "-", str(Path(args.dataset).with_suffix(""))).strip("-")
-    return clips[:args.max_samples], name
+    """The clips to score."""
+    name = BENCHMARKS.get(args.dataset, args.dataset)
+    if not is_hub_id(name):
+        clips = read_clips(name)
+        random.Random(args.seed).shuffle(clips)
+        return clips[:args.max_samples]
+    rows = open_stream(name, "test")
+    if args.max_samples:
+        rows = rows.shuffle(args.seed, buffer_size=SHUFFLED).take(args.max_samples)
+    return list(stream_clips(rows, name))
 
 def load_recognizer(name, decode, device):
     """A function from waves to texts; and its encoder, decoder and trained parameters."""
@@ -122,47 +117,23 @@ def recognize(clips, recognizer):
 
 def compare(first, second):
     """Print the paired difference in WER of two results.jsonl over the clips that both have."""
-    try:
-        a, b = ({row["name"]: row for row in finished_rows(file)} for file in (first, second))
-        pairs = [(a[name], b[name]) for name in a.keys() & b.keys()]
-        a, b = zip(*pairs)
-    except (OSError, ValueError, KeyError) as error:
-        reason = first_line(error)
-        raise InputError(f"{first} and {second} have no common clips: {reason}") from None
+    a, b = ({row["name"]: row for row in finished_rows(file)} for file in (first, second))
+    pairs = [(a[name], b[name]) for name in a.keys() & b.keys()]
+    if not pairs or any(x["normalizer"] != y["normalizer"] for x, y in pairs):
+        raise InputError(f"{first} and {second} have no clips in common, or other --normalizer")
+    a, b = zip(*pairs)
     def difference(pairs):
         return wer([b for _, b in pairs]) - wer([a for a, _ in pairs])
     low, high = interval(pairs, difference)
     print(f"A {first}, WER {wer(a):.2%}\nB {second}, WER {wer(b):.2%}\n{len(pairs)} clips in both: "
           f"B - A {difference(pairs):+.2%} (95 % {low:+.2%} to {high:+.2%})")
 
-def main(argv=None):
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("checkpoint", nargs="?", help="folder or hub id of a trained model or another recogniser")
-    add("--dataset", help=f"{', '.join(BENCHMARKS)}, a hub id, your files or a folder")
-    add("--config", help="of a set of the Hub")
-    add("--split", help="of a set of the Hub")
-    add("--max-samples", type=int, help=f"random clips; of a set of the Hub, among {SHUFFLED}")
-    add("--seed", type=int, default=0, help="of the random choice")
-    add("--normalizer", choices=NORMALIZERS, default="english", help="Whisper's, or none")
-    add("--decode", choices=DECODINGS, help="default: the best one of the training")
-    add("--out", help="default: outputs/eval_<dataset>_<model>")
-    add("--resume", action="store_true", help="go on with an interrupted run")
-    add("--worst", type=int, default=0, metavar="N", help="show the N worst clips word by word")
-    add("--leaderboard", metavar="NAME", help="print a row for the README's leaderboard")
-    add("--compare", nargs=2, metavar="RESULTS", help="paired difference of two results.jsonl")
-    add("--device", help="cuda, mps or cpu; default: the best that is here")
-    args = parser.parse_args(argv)
-    if args.compare:
-        return compare(*args.compare)
-    if not args.checkpoint or not args.dataset:
-        parser.error("a checkpoint and --dataset are needed")
-    clips, dataset = read_samples(args)
-    model_name = re.sub(r"[^A-Za-z0-9.]+", "-", args.checkpoint).strip("-")
-    out = Path(args.out or f"outputs/eval_{dataset}_{model_name}")
-    results, normalize = out / "results.jsonl", NORMALIZERS[args.normalizer]
+def score_clips(args, clips, out):
+    """Recognise and score the clips; print and write a row of each. Returns the rows, and what
+    `load_recognizer` tells of the model."""
+    results = out / "results.jsonl"
     rows = finished_rows(results) if args.resume and results.exists() else []
-    asked = {"checkpoint": args.checkpoint, "decode": args.decode, "normalizer": args.normalizer}
+    asked = {key: getattr(args, key) for key in ("checkpoint", "decode", "normalizer")}
     wanted = [{**asked, "name": clip["name"], "reference": clip["text"]} for clip in clips]
     if any({**row, **want} != row for row, want in zip(rows, wanted)):
         raise InputError(f"{results} is of other clips or flags: run without --resume")
@@ -183,33 +154,63 @@ def main(argv=None):
                   f"  Avg Time/Sample: {np.mean([row['time'] for row in rows]):.2f}s", flush=True)
     if not any(row["words"] and not row["failed"] for row in rows):
         raise InputError(f"no clip of {args.dataset} could be scored")
+    return rows, facts
+
+def report(args, rows, facts, out):
+    """Print and write the summary; print the worst clips and a row for the leaderboard."""
     totals = {key: sum(row[key] for row in rows) for key in (*COUNTS, "seconds", "time")}
     low, high = interval(rows)
     summary = {**vars(args), **totals, "wer": wer(rows), "low": low, "high": high,
                "samples": len(rows), "rtfx": totals["seconds"] / totals["time"],
                "failed": sum(bool(row["failed"]) for row in rows),
                "unscored": sum(not row["words"] for row in rows),
-               "scorer": f"jiwer {version('jiwer')}, whisper-normalizer "
-                         f"{version('whisper-normalizer')} ({args.normalizer})"}
+               "scorer": ", ".join(f"{x} {version(x)}" for x in ("jiwer", "whisper-normalizer"))}
     header = ("{checkpoint} on {dataset}: {samples} samples (seed {seed}), {failed} failed, "
               "{unscored} without reference, {seconds:.0f} s\nWER {wer:.2%} (95 % {low:.2%} to "
               "{high:.2%}): {substitutions} substitutions, {deletions} deletions, {insertions} "
-              "insertions in {words} words\nRTFx {rtfx:.1f}; {scorer}").format(**summary)
-    print(header)
-    write_file(out / "results.txt", header + "\n" + "".join(
-        f"\n{row['name']}\nRef:  {row['reference']}\nPred: {row['hypothesis']}\n" for row in rows))
+              "insertions in {words} words\nRTFx {rtfx:.1f}; {scorer} ({normalizer})")
+    print(header.format(**summary))
     write_file(out / "summary.json", json.dumps(summary, indent=2))
-    scored = [row for row in rows if row["words"]]
-    for row in sorted(scored, key=lambda row: -row["errors"] / row["words"])[:args.worst]:
-        words = jiwer.process_words(normalize(row["reference"]), normalize(row["hypothesis"]))
-        print(f"\n{row['name']}, WER {wer([row]):.0%}\n"
-              + jiwer.visualize_alignment(words, show_measures=False, skip_correct=False))
+    write_file(out / "results.txt", header.format(**summary) + "\n" + "".join(
+        f"\n{row['name']}\nRef:  {row['reference']}\nPred: {row['hypothesis']}\n" for row in rows))
+    scored = sorted((row for row in rows if row["words"]), key=lambda row: -wer([row]))
+    for row in scored[:args.worst]:
+        texts = [NORMALIZERS[args.normalizer](row[key]) for key in ("reference", "hypothesis")]
+        words = jiwer.visualize_alignment(jiwer.process_words(*texts), show_measures=False,
+                                          skip_correct=False)
+        print(f"\n{row['name']}, WER {wer([row]):.0%}\n{words}")
     if args.leaderboard:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
                                 cwd=Path(__file__).parent, text=True).stdout.strip()
-        print(f"| {args.leaderboard} | {' | '.join(facts)} | {dataset} | {len(rows)} | "
+        print(f"| {args.leaderboard} | {' | '.join(facts)} | {args.dataset} | {len(rows)} | "
               f"{100 * wer(rows):.2f} ± {50 * (high - low):.2f} | {summary['rtfx']:.0f} | "
               f"{commit} | {datetime.date.today()} |")
+
+def main(argv=None):
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="folder or hub id of a trained model or another recogniser")
+    add("--dataset", help=f"{', '.join(BENCHMARKS)}, your files or folder, or owner/name:config:"
+                          "split of the Hub")
+    add("--max-samples", type=int, help=f"random clips; of a set of the Hub, among {SHUFFLED}")
+    add("--seed", type=int, default=0, help="of the random choice")
+    add("--normalizer", choices=NORMALIZERS, default="english", help="Whisper's, or none")
+    add("--decode", choices=DECODINGS, help="default: the best one of the training")
+    add("--out", help="default: outputs/eval_<dataset>_<model>")
+    add("--resume", action="store_true", help="go on with an interrupted run")
+    add("--worst", type=int, default=0, metavar="N", help="show the N worst clips word by word")
+    add("--leaderboard", metavar="NAME", help="print a row for the README's leaderboard")
+    add("--compare", nargs=2, metavar="RESULTS", help="paired difference of two results.jsonl")
+    add("--device", help="cuda, mps or cpu; default: the best that is here")
+    args = parser.parse_args(argv)
+    if args.compare:
+        return compare(*args.compare)
+    if not args.checkpoint or not args.dataset:
+        parser.error("a checkpoint and --dataset are needed")
+    names = [re.sub(r"[^A-Za-z0-9.]+", "-", x).strip("-") for x in (args.dataset, args.checkpoint)]
+    out = Path(args.out or f"outputs/eval_{'_'.join(names)}")
+    rows, facts = score_clips(args, read_samples(args), out)
+    report(args, rows, facts, out)
 
 if __name__ == "__main__":
     try:

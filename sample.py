@@ -8,7 +8,7 @@
     python sample.py file.wav --task "Summarise: <audio>"
     arecord -f cd -d 5 | python sample.py -     reads all of standard input first
 
-wav, flac, mp3, ogg and opus. A file that cannot be read is one line on stderr; exit status 1.
+wav, flac, mp3, ogg, opus, aiff, au, caf. What cannot be read is a line on stderr; exit status 1.
 """
 import io
 import itertools
@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import Counter
 from pathlib import Path
 
 from data import AUDIO_SUFFIXES, SAMPLE_RATE, InputError, read_audio, split_audio, write_file
@@ -125,10 +126,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.task.count("<audio>") != 1:
         parser.error('--task must say once where the sound goes, as in "Summarise: <audio>"')
+    if "" in args.files:
+        parser.error("a file's name is empty")
     files = find_files(args.files or [str(ASSETS / "quickstart" / "clips" / "test_0002.ogg")])
     if args.out:
         suffix = ".txt" if args.format == "text" else f".{args.format}"
-        files = [(name, args.out / below.with_suffix(suffix)) for name, below in files]
+        stems = Counter(below.with_suffix("") for _, below in files)
+        files = [(name, args.out / (f"{below}{suffix}" if stems[below.with_suffix("")] > 1
+                                    else below.with_suffix(suffix))) for name, below in files]
         if len({target for _, target in files}) < len(files):
             raise InputError(f"two files have the same name in {args.out}: use two --out folders")
         files = [(name, target) for name, target in files if not target.exists()]
@@ -140,20 +145,20 @@ def main(argv=None):
     for index, group in itertools.groupby(found, key=lambda part: part["source"]):
         (name, target), parts = files[index], []
         for part in group:
-            parts.append(part)
             if "error" in part:
                 print(f"sample.py: {part['error']}", file=sys.stderr)
                 status = 1
-            elif live:
+                continue
+            parts.append(part)
+            if live:
                 print(part["text"], flush=True)
-        output = "" if live or "error" in parts[-1] else render(args.format, name, parts)
-        if args.out and output:
+        if args.out and parts:
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_file(target, output)
+            write_file(target, render(args.format, name, parts))
             print(target)
-        else:
-            label = f"{name}\t" if output and args.format == "text" else ""
-            print(label + output, end="", flush=True)
+        elif parts and not live:
+            label = f"{name}\t" if args.format == "text" else ""
+            print(label + render(args.format, name, parts), end="", flush=True)
     return status
 
 if __name__ == "__main__":

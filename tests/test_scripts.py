@@ -81,8 +81,21 @@ def test_a_folder_is_done_once(say, tmp_path):
     a.write_text("mine")
     b.unlink()
     assert say(source, "--out", out)[1] == [str(b)] and a.read_text() == "mine"
+    write(source / "a.flac", 2)
+    (source / "c.m4a").touch()
+    status, lines, errors = say(source, "--out", out)
+    assert status == 1 and sorted(lines) == [f"{out}/a.flac.txt", f"{out}/a.wav.txt"]
+    assert len(errors) == 2 and f"ffmpeg -i {source}/c.m4a" in "".join(errors)
     with pytest.raises(InputError, match="same name"):
-        say(source / "a.wav", write(tmp_path / "a.flac"), "--out", tmp_path / "more")
+        say(source / "a.wav", write(tmp_path / "a.wav"), "--out", tmp_path / "more")
+
+def test_what_can_be_read_of_a_file_is_written_and_the_rest_said(say, tmp_path):
+    file, half, out = write(tmp_path / "a.flac", 40), tmp_path / "half.flac", tmp_path / "out"
+    half.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+    for flags in ((half,), (half, file), (half, "--out", out)):
+        status, lines, [error] = say(*flags)
+        assert status == 1 and error.startswith(f"sample.py: {half}: ends early, after ")
+        assert lines[0].strip() and (out / "half.txt").exists() == ("--out" in flags)
 
 def test_formats(say, tmp_path):
     path = write(tmp_path / "a.wav", 40)
@@ -112,7 +125,7 @@ def test_a_long_file_is_printed_while_it_is_read(say, tmp_path, capsys, monkeypa
             yield block
     printed = []
     monkeypatch.setattr(sample, "read_audio", read)
-    rest = say(write(tmp_path / "a.wav", 100))[1]
+    rest = say(write(tmp_path / "a.wav", 99))[1]
     assert len(printed) == 10 and "".join(printed[:8]).strip() and rest
 
 @pytest.fixture
@@ -150,10 +163,10 @@ def test_what_eval_prints_and_writes(judge, tmp_path):
     printed = judge([said] * 100, texts, "--leaderboard", "Toy", "--worst", "2")
     for words in ("Sample 2: WER = 15.00%, Time = 1.35s\n  Ref:  sun moon sea land sun",
                   "CHECKPOINT @ 100 samples:\n  Corpus WER: 12.45%\n  Avg Time/Sample: 1.35s\n",
-                  "| Toy | enc | dec | 1.2M | mine | 100 | 12.45 ± 0."):
+                  "| Toy | enc | dec | 1.2M | mine.jsonl | 100 | 12.45 ± 0."):
         assert f"\n{words}" in printed
     assert printed.count("WER 15%\n") == 2 and "***" in printed  # word by word
-    out = tmp_path / "outputs" / "eval_mine_org-model"
+    out = tmp_path / "outputs" / "eval_mine.jsonl_org-model"
     assert {file.name for file in out.iterdir()} == {"results.txt", "results.jsonl", "summary.json"}
     assert json.loads((out / "summary.json").read_text())["deletions"] == 249
     assert (out / "results.txt").read_text().count("\nRef:") == 100
@@ -176,11 +189,15 @@ def test_an_interrupted_evaluation_goes_on(judge, tmp_path):
 
 def test_compare(tmp_path, capsys):
     for name, errors in (("a", [0, 1, 2, 0]), ("b", [0, 1, 3, 1])):
-        rows = [json.dumps({"name": i, "errors": e, "words": 5}) for i, e in enumerate(errors)]
+        rows = [json.dumps({"name": i, "errors": e, "words": 5, "normalizer": "english"})
+                for i, e in enumerate(errors)]
         (tmp_path / name).write_text("\n".join(rows[::-1 if name == "b" else 1]) + "\n")
     eval.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")])
     expected = r"15\.00%.* 25\.00%.*4 clips.* B - A \+10\.00% \(95 % \+0\.00% to \+20\.00%\)"
     assert re.search(expected, capsys.readouterr().out, re.S)
+    (tmp_path / "b").write_text((tmp_path / "b").read_text().replace("english", "none"))
+    with pytest.raises(InputError, match="--normalizer"):
+        eval.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")])
 
 def test_of_a_benchmark_only_what_is_needed_is_streamed(judge, monkeypatch, tmp_path):
     def rows():
@@ -193,7 +210,7 @@ def test_of_a_benchmark_only_what_is_needed_is_streamed(judge, monkeypatch, tmp_
     printed = judge([], ["x"] * 10, "--dataset", "librispeech", "--max-samples", "10")
     numbers = [int(number) for number in re.findall(r"Ref:  number (\d+)", printed)]
     assert len(numbers) == 10 and max(numbers) > 100 and 1000 <= len(taken) <= 1100
-    assert (tmp_path / "outputs" / "eval_librispeech-librispeech-test.clean_org-model").is_dir()
+    assert (tmp_path / "outputs" / "eval_librispeech_org-model").is_dir()
 
 def test_whisper_by_itself_and_broken_clips(toys, dataset, tmp_path, capsys):
     eval.main([toys["whisper-own"], "--dataset", dataset, "--out", str(tmp_path)])
