@@ -5,6 +5,10 @@
 
 Median of three timed runs after one warm-up, in seconds of sound per second.
 """
+import signal
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
+
 import itertools
 import statistics
 import sys

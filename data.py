@@ -77,15 +77,16 @@ def read_blocks(source, sample_rate):
         yield as_samples(source), sample_rate
 
 class Endless:
-    """A file that says that it is very long. What libsndfile knows of the length of a sound is a
-    header's word or a guess. Now it reads as long as there is something."""
+    """A file that says that it is 1 GB longer. What libsndfile knows of the length of a sound is
+    a header's word or a guess. Now it reads as long as there is something."""
 
     def __init__(self, file):
         self.file, self.end = file, 0
 
     def seek(self, offset, whence=0):
-        self.end = 2**40 + offset if whence == 2 else 0
-        return self.end or self.file.seek(offset, whence)
+        found = self.file.seek(offset, whence)
+        self.end = found + 2**30 if whence == 2 else 0
+        return self.end or found
 
     def tell(self):
         return self.end or self.file.tell()

@@ -10,6 +10,10 @@
 
 wav, flac, mp3, ogg, opus, aiff, au, caf. What cannot be read is a line on stderr; exit status 1.
 """
+import signal
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
+
 import io
 import itertools
 import json
@@ -169,5 +173,3 @@ if __name__ == "__main__":
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as error:
         sys.exit(f"sample.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)

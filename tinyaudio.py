@@ -88,7 +88,11 @@ def load_decoder(name, device=None, dtype=None):
     tokenizer = fetch(hf.AutoTokenizer.from_pretrained, source)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise InputError(f"{name} has no chat template or no end token: use an instruct model")
-    return load_frozen(hf.AutoModelForCausalLM, source, device, dtype), tokenizer
+    model = load_frozen(hf.AutoModelForCausalLM, source, device, dtype)
+    for key in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
+        if getattr(model.config, key, None) not in (None, 1):  # `lm_loss` does not know them
+            raise InputError(f"{name} has {key}: use a model with plain logits, as Qwen3 or SmolLM3")
+    return model, tokenizer
 
 def length_mask(lengths, size):
     """lengths (B,) -> bool mask (B, size), true before each length."""
@@ -295,13 +299,13 @@ class TinyAudio(nn.Module):
                      for x in words]
         # Padding on the right needs no mask: causal attention never looks there.
         x = pad_sequence([torch.cat(row) for row in zip(prompts, words)], batch_first=True)
-        # Logits are expensive: none before the first answer begins.
-        keep = x.shape[1] + 1 - min(map(len, prompts))
-        logits = self.decoder(inputs_embeds=x, use_cache=False, logits_to_keep=keep).logits
-        labels = [torch.tensor([-100] * (len(prompt) - 1) + answer + [self.end])
-                  for prompt, answer in zip(prompts, answers)]
-        labels = pad_sequence(labels, True, padding_value=-100)[:, -keep:].to(self.device)
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+        x = self.decoder.base_model(inputs_embeds=x, use_cache=False).last_hidden_state
+        # Logits are the most expensive layer: only where the next token is of the answer.
+        x = torch.cat([row[len(prompt) - 1:len(prompt) + len(answer)]
+                       for row, prompt, answer in zip(x, prompts, answers)])
+        logits = self.decoder.get_output_embeddings()(x).float()
+        labels = [token for answer in answers for token in [*answer, self.end]]
+        return F.cross_entropy(logits, torch.tensor(labels, device=self.device), reduction="sum")
 
     # Decoding. From here on: audio (B, N, d), counts (B,), answers as B lists of token ids.
 

@@ -10,6 +10,10 @@ Phase 1 (--ctc-steps): the projector learns to spell by CTC; the decoder is not 
 Phase 2 (--steps): cross-entropy through the frozen decoder, plus a little CTC.
 Ctrl-C or SIGTERM saves and stops. What is in --out can be used at any time.
 """
+import signal
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
+
 import argparse
 import datetime
 import functools
@@ -18,7 +22,6 @@ import itertools
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections import Counter
@@ -417,5 +420,3 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError:
         sys.exit("train.py: out of memory: lower --batch-seconds and raise --accumulate, or use "
                  "--checkpointing; --resume goes on from the last checkpoint")
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted before the first step")
