@@ -294,9 +294,8 @@ def main(argv=None):
     model = build_model(args)
     windows, val = load_data(args, model, state["place"])
     steps = prefetch(make_steps(windows, model, args, state["place"]["done"], rank, world))
-    parameters = list(model.parameters())
-    for p in parameters:
-        p.grad = torch.zeros_like(p)  # a process may have no clips for a step
+    bridge = [*model.projector.parameters(), *model.ctc.parameters()]
+    parameters = [*bridge, *model.lora.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0, fused=True)
     if args.resume:
         model.load_state_dict(state["model"])  # in float32
@@ -354,12 +353,15 @@ def main(argv=None):
                 loss, parts = model.loss(frames, lengths, answers, *weights)
             loss.backward()
             counts.update(parts, flops=model_flops(model, batch, *weights))
+        trained = bridge if phase == 1 else parameters
+        for p in trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # had no clip
         if world > 1:
             values = torch.tensor([float(x) for x in counts.values()], device=model.device)
-            for x in (values, *(p.grad for p in parameters)):
+            for x in (values, *(p.grad for p in trained)):
                 dist.all_reduce(x)
             counts = dict(zip(counts, values.tolist()))
-        for p in parameters:
+        for p in trained:
             p.grad /= counts["tokens"]
 
         # Clip and step
@@ -374,7 +376,7 @@ def main(argv=None):
                   + ", ".join(clip["name"] for clip in clips), file=sys.stderr)
             if bad_steps == 5:
                 raise InputError(f"five bad steps in a row: lower --lr; {out} has the checkpoint")
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
 
         # Log
         last = step == end or counts["stop"]
