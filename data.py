@@ -50,7 +50,7 @@ def read_audio(source, sample_rate=SAMPLE_RATE):
             yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
     except soundfile.LibsndfileError as error:
         raise InputError(f"{name}: not readable as audio ({error.error_string}); try ffmpeg -i "
-                         f"{name} new.wav") from None
+                         f"{Path(name).name} new.wav") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: {first_line(error)}") from None
 
@@ -192,11 +192,14 @@ def read_rows(file):
             quoting = csv.QUOTE_NONE if file.suffix == ".tsv" else csv.QUOTE_MINIMAL
             rows = csv.DictReader(io.StringIO(text), delimiter=mark, quoting=quoting, strict=True)
         elif file.suffix in (".json", ".jsonl"):
-            rows = (json.loads(line) for line in text.splitlines() if line.strip())
+            rows = (json.loads(line) for line in text.split("\n") if line.strip())
         else:
             raise ValueError("not .jsonl, .csv, .tsv, .parquet or a folder")
-        for number, row in enumerate(rows, 1):
+        for row in rows:
+            if isinstance(row, dict) and None in row:
+                raise ValueError("more cells than columns")
             yield row
+            number += 1
     except (OSError, ValueError, csv.Error) as error:
         where = f"row {number + 1}: " if text else ""
         raise InputError(f"{file}: {where}{first_line(error)}") from None
@@ -213,7 +216,7 @@ def read_folder(folder):
 
 def to_clip(row, name, folder=""):
     """A row of a data file or of the Hub -> a clip, named by its path or by a hash of its bytes."""
-    row = row if isinstance(row, dict) else {}
+    row = {str(key).lower(): row[key] for key in row} if isinstance(row, dict) else {}
     audios = [row[column] for column in AUDIO_COLUMNS if column in row]
     texts = [row[column] for column in TEXT_COLUMNS if column in row]
     if not audios or not texts:

@@ -43,13 +43,15 @@ BENCHMARKS = {  # on the Hub
 }
 NORMALIZERS = {"english": EnglishTextNormalizer(), "basic": BasicTextNormalizer(),
                "none": lambda text: " ".join(text.split())}
+PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u2026": " "})  # quotes and the ellipsis
 SHUFFLED = 1000  # clips of a stream among which --max-samples draws
 COUNTS = ("errors", "words", "substitutions", "deletions", "insertions")
 
 def score(reference, hypothesis, normalizer="english"):
     """Counts of one clip; zeros for an empty reference, or one that TED-LIUM does not score."""
     ignored = reference.replace("_", " ").lower().strip() == "ignore time segment in scoring"
-    reference, hypothesis = map(NORMALIZERS[normalizer], (reference, hypothesis))
+    reference, hypothesis = (NORMALIZERS[normalizer](text.translate(PLAIN))
+                             for text in (reference, hypothesis))
     if ignored or not reference:
         return dict.fromkeys(COUNTS, 0)
     found = jiwer.process_words(reference, hypothesis)
@@ -164,15 +166,15 @@ def report(args, rows, facts, out):
     """Print and write the summary; print the worst clips and a row for the leaderboard."""
     totals = {key: sum(row[key] for row in rows) for key in (*COUNTS, "seconds", "time")}
     low, high = interval(rows)
+    scorer = ", ".join(f"{name} {version(name)}" for name in ("jiwer", "whisper-normalizer"))
     summary = {**vars(args), **totals, "wer": wer(rows), "low": low, "high": high,
-               "samples": len(rows), "rtfx": totals["seconds"] / totals["time"],
+               "samples": len(rows), "rtfx": totals["seconds"] / totals["time"], "scorer": scorer,
                "failed": sum(bool(row["failed"]) for row in rows),
-               "unscored": sum(not row["words"] for row in rows),
-               "scorer": ", ".join(f"{x} {version(x)}" for x in ("jiwer", "whisper-normalizer"))}
+               "unscored": sum(not row["words"] for row in rows)}
     header = ("{checkpoint} on {dataset}: {samples} samples (seed {seed}), {failed} failed, "
               "{unscored} without reference, {seconds:.0f} s\nWER {wer:.2%} (95 % {low:.2%} to "
               "{high:.2%}): {substitutions} substitutions, {deletions} deletions, {insertions} "
-              "insertions in {words} words\nRTFx {rtfx:.1f}; {scorer} ({normalizer})")
+              "insertions in {words} words\nRTFx {rtfx:.1f}; {scorer} ({normalizer}, plain quotes)")
     print(header.format(**summary))
     write_file(out / "summary.json", json.dumps(summary, indent=2))
     write_file(out / "results.txt", header.format(**summary) + "\n" + "".join(
@@ -211,6 +213,8 @@ def main(argv=None):
         return compare(*args.compare)
     if not args.checkpoint or not args.dataset:
         parser.error("a checkpoint and --dataset are needed")
+    if args.max_samples is not None and args.max_samples < 1:
+        parser.error("--max-samples must be 1 or more")
     names = [re.sub(r"[^A-Za-z0-9.]+", "-", x).strip("-") for x in (args.dataset, args.checkpoint)]
     out = Path(args.out or f"outputs/eval_{'_'.join(names)}")
     rows, facts = score_clips(args, read_samples(args), out)

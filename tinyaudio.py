@@ -26,8 +26,8 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import offline
-from data import (SAMPLE_RATE, InputError, first_line, make_batches, read_audio, split_audio,
-                  write_file)
+from data import (SAMPLE_RATE, InputError, first_line, is_hub_id, make_batches, read_audio,
+                  split_audio, write_file)
 
 hf.logging.set_verbosity_error()
 hf.logging.disable_progress_bar()
@@ -43,6 +43,9 @@ NAMES = {  # whisper-base and smollm2-135m are in offline.py
 
 def locate(name):
     """Short name, hub id or folder of a backbone -> hub id or folder."""
+    known = [*NAMES, *offline.PACKAGES]
+    if name not in known and not Path(name).is_dir() and not is_hub_id(name):
+        raise InputError(f"{name} is no folder, no hub id and none of {', '.join(known)}")
     return str(offline.folder(name)) if name in offline.PACKAGES else NAMES.get(name, name)
 
 def fetch(load, source, **options):
@@ -50,8 +53,9 @@ def fetch(load, source, **options):
     try:
         return load(source, **options)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        known = ", ".join([*NAMES, *offline.PACKAGES])
-        raise InputError(f"cannot load {source}: {first_line(error)} (known: {known})") from None
+        found = Path(source).is_dir() or is_hub_id(source)
+        reason = first_line(error) if found else "no such folder"
+        raise InputError(f"cannot load {source}: {reason}") from None
 
 def load_frozen(model_class, source, device, dtype, **options):
     """A pretrained model: by default on the accelerator, and in bfloat16 where that is fast."""
@@ -91,7 +95,7 @@ def load_decoder(name, device=None, dtype=None):
     model = load_frozen(hf.AutoModelForCausalLM, source, device, dtype)
     for key in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
         if getattr(model.config, key, None) not in (None, 1):  # `lm_loss` does not know them
-            raise InputError(f"{name} has {key}: use a model with plain logits, as Qwen3 or SmolLM3")
+            raise InputError(f"{name} has {key}: use one with plain logits, as Qwen3")
     return model, tokenizer
 
 def length_mask(lengths, size):

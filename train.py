@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import argparse
 import datetime
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -170,7 +171,7 @@ def prefetch(items):
             yield item
 
 def load_data(args, model, place):
-    """Endless windows of clips that begin at a place, and the clips to validate on."""
+    """Endless windows of clips from a place on, the clips to validate on, and a hash of both."""
     left_out, stream = Counter(), None
     if args.dataset in TRAINING_SETS or is_hub_id(args.dataset):
         stream = open_stream(TRAINING_SETS.get(args.dataset, args.dataset), "train")
@@ -191,10 +192,13 @@ def load_data(args, model, place):
           f"validate on; left out: {dict(left_out) or 'nothing'}")
     if not clips or not val:
         raise InputError(f"no usable clip in {args.val or args.dataset}")
+    facts = [(clip["name"], clip["text"], clip["seconds"]) for clip in clips + val]
+    fingerprint = hashlib.md5(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()
     if stream:  # the texts are not known yet: CTC may use every token that is made of letters
         tokens = map(model.tokenizer.decode, range(len(model.tokenizer)))
         model.set_ctc_tokens([x for x in tokens if x.isascii() and x.strip().isalpha()])
-        return prefetch(stream_windows(stream, args, model, left_out, held_out, place)), val
+        windows = prefetch(stream_windows(stream, args, model, left_out, held_out, place))
+        return windows, val, fingerprint
     model.set_ctc_tokens([clip["text"] for clip in clips])
     clips += no_speech(min(300, round(NO_SPEECH * len(clips))), args.seed)
     size = seconds * model.encoder.frame_rate * model.encoder.dim * 2 / 1e9
@@ -202,7 +206,8 @@ def load_data(args, model, place):
         for batch in tqdm(make_batches(clips, args.batch_seconds), "encoding, once", disable=None):
             for clip, x, length in zip(batch, *load_batch(model, batch)):
                 clip["frames"] = x[:length].to("cpu", torch.bfloat16, copy=True)
-    return ((epoch, None, clips) for epoch in itertools.count(place["number"])), val
+    windows = ((epoch, None, clips) for epoch in itertools.count(place["number"]))
+    return windows, val, fingerprint
 
 def build_model(args):
     """The model of --resume, of --init-from (flags may not contradict it), or a new one."""
@@ -256,13 +261,13 @@ def plot(out, rows):
     right.legend()
     figure.savefig(out / "plot.png", dpi=80)
 
-def save(args, model, optimizer, step, place, rows):
+def save(args, model, optimizer, rows, step, place, fingerprint):
     """Write what `TinyAudio.from_pretrained` reads, and state.pt for --resume."""
     wers = [row["wer"] for row in rows if "wer" in row][-1:]
     found = [f"{wer:.2%} by {decode}" for last in wers for decode, wer in last.items()]
     model.save_pretrained(args.out, f"{step} steps. WER of validation clips: {', '.join(found)}")
     file = io.BytesIO()
-    torch.save({"args": vars(args), "step": step, "place": place,
+    torch.save({"args": vars(args), "step": step, "place": place, "fingerprint": fingerprint,
                 "model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
     write_file(Path(args.out, "state.pt"), file.getvalue())
 
@@ -292,7 +297,10 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32
     model = build_model(args)
-    windows, val = load_data(args, model, state["place"])
+    windows, val, fingerprint = load_data(args, model, state["place"])
+    if args.resume and state["fingerprint"] != fingerprint:
+        raise InputError(f"{args.dataset} has changed since {out} was saved: begin a new run, with "
+                         f"--init-from {out}")
     steps = prefetch(make_steps(windows, model, args, state["place"]["done"], rank, world))
     bridge = [*model.projector.parameters(), *model.ctc.parameters()]
     parameters = [*bridge, *model.lora.parameters()]
@@ -300,8 +308,8 @@ def main(argv=None):
     if args.resume:
         model.load_state_dict(state["model"])  # in float32
         optimizer.load_state_dict(state["optimizer"])
-    elif rank == 0:
-        save(args, model, optimizer, rows=rows, **state)  # from here on the run can be resumed
+    elif rank == 0:  # from here on the run can be resumed
+        save(args, model, optimizer, rows, **state, fingerprint=fingerprint)
     dtype = model.embed.weight.dtype
     peak = matmul_flops(model.device, dtype) * world
     print(f"{model.config['encoder']} -> {sum(p.numel() for p in parameters) / 1e6:.2f}M trained "
@@ -405,7 +413,7 @@ def main(argv=None):
                       + ", ".join(f"{100 * wer:.1f} % {name}" for name, wer in wers.items())
                       + f"\n    ref: {val[0]['text']}\n    hyp: {text}")
             if rank == 0:
-                save(args, model, optimizer, step, place, rows)
+                save(args, model, optimizer, rows, step, place, fingerprint)
             since = time.perf_counter()
         if counts["stop"]:
             print(f"stopped after step {step}: python train.py --resume {out} goes on")

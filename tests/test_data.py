@@ -12,8 +12,8 @@ import soundfile
 import torch
 from conftest import tone
 
-from data import (InputError, augment, clean_text, is_hub_id, load_audio, make_batches, no_speech, read_audio,
-                  read_clips, split_audio, write_file)
+from data import (InputError, augment, clean_text, is_hub_id, load_audio, make_batches, no_speech,
+                  read_audio, read_clips, split_audio, write_file)
 
 @pytest.mark.parametrize("suffix, rate, channels", [
     ("wav", 8000, 1), ("flac", 96_000, 3), ("mp3", 44_100, 2), ("ogg", 48_000, 1)])
@@ -137,7 +137,7 @@ def test_data_files_of_every_kind_hold_the_same_clips(tmp_path):
     ("a.tsv", 'audio\ttext\n1,5.wav\t"oh" he said\n2.wav\t"two\n', ['"oh" he said', '"two']),
     ("a.csv", 'id,path,sentence\n7,"1,5.wav",A b.\n7,2.wav,C D\n', ["A b.", "c d"]),
     ("validated.tsv", 'client_id\tpath\tsentence\nx\t1,5.wav\tA\ny\t2.wav\tB\n', ["a", "b"]),
-    ("metadata.csv", "file_name;transcript\n1,5.wav;if a < b and c > d\n2.wav;<b>\n",
+    ("metadata.csv", "File_Name;transcript\n1,5.wav;if a < b and c > d\n2.wav;<b>\n",
      ["if a < b and c > d", ""]),
     ("[1].jsonl", '{"file_name": "1,5.wav", "transcription": 42}\n'
                   '{"audio_filepath": "2.wav", "text": NaN}\n', ["42", ""]),
@@ -154,6 +154,7 @@ def test_data_files_as_others_leave_them(tmp_path, name, content, texts):
     ("missing.jsonl", None), ("a.docx", b""), ("a.parquet", b"PAR1"), ("a.jsonl", b"no json\n"),
     ("list.jsonl", b"[1]\n"), ("no_text.jsonl", b'{"audio": "a.wav"}\n'),
     ("no_audio.csv", b"id,text\n1,one\n"), ("latin.csv", b"audio,text\na,\xe9\n"),
+    ("a.csv: row 1: more cells", b"audio,text\n1.wav,one, two\n"),
     ("a.csv: row 2", b'audio,text\n1.wav,one\n2.wav,"two\n3.wav,three\n'),
     ("a.jsonl: row 3", b'{"audio": 1, "text": ""}\n{"audio": 1, "text": ""}\n{"audio\n'),
     (r"needed are one of audio, .* and one of text, ", b"id,note\n1,one\n")])
@@ -171,7 +172,8 @@ def test_folders_and_names_of_data(tmp_path, monkeypatch):
     for name in ("1-2-0.flac", "1-2-1.FLAC", "b.m4a", "clips/c.aiff"):
         (tmp_path / "out" / name).touch()
     (tmp_path / "out" / "1-2.trans.txt").write_text("1-2-0 CALL ANNA\n1-2-1 AT SIX\n")
-    assert [(Path(clip["audio"]).name, clip["text"]) for clip in read_clips(str(tmp_path / "out"))] == [
+    clips = read_clips(str(tmp_path / "out"))
+    assert [(Path(clip["audio"]).name, clip["text"]) for clip in clips] == [
         ("1-2-0.flac", "call anna"), ("1-2-1.FLAC", "at six"), ("b.m4a", ""), ("c.aiff", "")]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out" / "a.tsv").write_text("path\ttext\nc.aiff\tone\n")

@@ -85,7 +85,7 @@ def test_a_folder_is_done_once(say, tmp_path):
     (source / "c.m4a").touch()
     status, lines, errors = say(source, "--out", out)
     assert status == 1 and sorted(lines) == [f"{out}/a.flac.txt", f"{out}/a.wav.txt"]
-    assert len(errors) == 2 and f"ffmpeg -i {source}/c.m4a" in "".join(errors)
+    assert len(errors) == 2 and "ffmpeg -i c.m4a" in "".join(errors)
     with pytest.raises(InputError, match="same name"):
         say(source / "a.wav", write(tmp_path / "a.wav"), "--out", tmp_path / "more")
 
@@ -153,8 +153,8 @@ def test_wer_is_that_of_jiwer_on_normalised_texts():
     heard = [" ".join(w for w in text.split() if rng.random() > 0.2) for text in references]
     kept = [(normalize(r), normalize(h)) for r, h in zip(references, heard) if normalize(r)]
     assert eval.corpus_wer(references, heard) == jiwer.wer(*map(list, zip(*kept)))
-    references = ["It's GOOD", "", "ignore_time_segment_in_scoring"]
-    assert eval.corpus_wer(references, ["it is good", "x", "x"]) == 0
+    references = ["It's GOOD", "", "ignore_time_segment_in_scoring", "I don\u2019t … know"]
+    assert eval.corpus_wer(references, ["it is good", "x", "x", "I don't know"]) == 0
     assert eval.score("A.", "a", "none")["errors"] == 1
 
 def test_what_eval_prints_and_writes(judge, tmp_path):
@@ -186,6 +186,8 @@ def test_an_interrupted_evaluation_goes_on(judge, tmp_path):
     assert whole == parts and whole.count("\n") == 50
     with pytest.raises(InputError, match="no clip of mine.jsonl could be scored"):
         judge(["", "[noise]"], ["one", "two"])
+    with pytest.raises(SystemExit):
+        judge(["one"], ["one"], "--max-samples", "-2")
 
 def test_compare(tmp_path, capsys):
     for name, errors in (("a", [0, 1, 2, 0]), ("b", [0, 1, 3, 1])):
@@ -266,9 +268,9 @@ for command in sys.argv[1:]:
         assert line.startswith(command.split()[0] + ": ") and "missing" in line
 
 def test_the_project_stays_small():
-    limits = {"data.py": 232, "offline.py": 120, "tinyaudio.py": 500, "train.py": 490,
-              "sample.py": 170, "eval.py": 220, "demo.py": 130, "bench.py": 210,
-              "*.py": 2050, "tests/*.py": 1320, "README.md": 220}
+    limits = {"data.py": 325, "offline.py": 120, "tinyaudio.py": 495, "train.py": 435,
+              "sample.py": 175, "eval.py": 227, "demo.py": 130, "bench.py": 220,
+              "*.py": 2105, "tests/*.py": 1425, "README.md": 195}
     faults, sizes = [], {}
     for pattern, limit in limits.items():
         text = "".join(path.read_text("utf-8") for path in ROOT.glob(pattern))
@@ -279,4 +281,4 @@ def test_the_project_stays_small():
             faults += [f"{pattern}, two statements: {token.line}" for token in
                        tokenize.generate_tokens(io.StringIO(text).readline) if token.string == ";"]
     assert {path.name for path in ROOT.glob("*.py")} < limits.keys() and not faults, faults
-    assert sizes["*.py"] <= 111_000 and sizes["README.md"] <= 14_000, sizes
+    assert sizes["*.py"] <= 113_500 and sizes["README.md"] <= 12_000, sizes

@@ -99,6 +99,11 @@ def test_a_run_that_is_stopped_or_killed_goes_on(train_flags, trained, tmp_path,
     assert losses(tmp_path) == losses(trained)
     for file in ("model.safetensors", "config.json", "README.md"):
         assert (tmp_path / file).read_bytes() == (trained / file).read_bytes()
+    state = torch.load(tmp_path / "state.pt")
+    changed = {**state["args"], "seed": 1}  # which holds out other clips
+    torch.save({**state, "args": changed}, tmp_path / "state.pt")
+    with pytest.raises(InputError, match="has changed since"):
+        train.main(["--resume", str(tmp_path)])
 
 def test_two_processes_train_as_one(calm, calm_losses, tmp_path):
     two = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train.py",
