@@ -19,7 +19,7 @@ import numpy as np
 from transformers import TextIteratorStreamer
 
 from data import SAMPLE_RATE, InputError, first_line, read_audio, read_clips, split_audio
-from sample import ASSETS, render, segments
+from sample import ASSETS, render, segments, time_words
 from tinyaudio import TRANSCRIBE, TinyAudio
 
 CSS = """.gradio-container {max-width: 800px !important; margin: auto}
@@ -54,6 +54,37 @@ def draw(wave, parts):
                   for part in parts for word in part["words"])
     return ('<svg class="wave" viewBox="0 -1 150 2" preserveAspectRatio="none">'
             f'<path d="{bars}"/></svg><p>{row}</p>')
+
+def draw_hearing(model, wave):
+    """Figure: up to 28 s of sound, the probabilities of what CTC spells, and the words."""
+    from matplotlib.figure import Figure
+    wave = wave[:28 * SAMPLE_RATE]
+    audio, counts = model.encode([wave])
+    probs = model.ctc(audio, model.embed.weight)[0].softmax(-1).detach().cpu().numpy()
+    [ids] = model.decode(audio, counts)
+    times = (np.arange(len(probs)) + 0.5) * model.projector.stack / model.encoder.frame_rate
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    top, middle, low = figure.subplots(3, sharex=True, height_ratios=(2, 4, 1))
+    top.plot(np.arange(len(wave)) / SAMPLE_RATE, wave, linewidth=0.3)
+    middle.fill_between(times, probs[:, 0], color="lightgrey")  # blank
+    for i in sorted(set(probs.argmax(-1)) - {0}):
+        frame = probs[:, i].argmax()
+        middle.plot(times, probs[:, i])
+        token = model.tokenizer.decode(model.ctc.tokens[i - 1])
+        middle.text(times[frame], probs[frame, i], token, ha="center", va="bottom")
+    for word in time_words(model, audio[0], ids, 0):
+        low.text(word["start"], 0.3, word["word"])
+    top.set(title="waveform; probability of each token by CTC (grey: blank); words", yticks=[])
+    middle.set(ylim=(0, 1.15), xlim=(0, len(wave) / SAMPLE_RATE))
+    low.set(xlabel="seconds", yticks=[])
+    return figure
+
+def picture(model, minutes, path):
+    """The figure of `draw_hearing`; None without sound or without matplotlib."""
+    try:
+        return draw_hearing(model, read(path, minutes))
+    except (InputError, ImportError):
+        return None
 
 def listen(model, minutes, path, prompt):
     """Yields the text so far and the HTML below it."""
@@ -100,8 +131,9 @@ def main(argv=None):
                     example_labels=[clip["text"] for clip in clips])
         prompt = gr.Textbox(label="Prompt (Enter runs it)", placeholder=TRANSCRIBE)
         text, below = gr.Textbox(label="Text", buttons=["copy"]), gr.HTML()
-        gr.on([audio.change, prompt.submit], partial(listen, model, args.max_minutes),
-              [audio, prompt], [text, below], show_progress_on=text)
+        run = gr.on([audio.change, prompt.submit], partial(listen, model, args.max_minutes),
+                    [audio, prompt], [text, below], show_progress_on=text)
+        run.then(partial(picture, model, args.max_minutes), audio, gr.Plot(label="CTC"))
     page.launch(server_name=args.host, server_port=args.port, share=args.share, css=CSS,
                 theme=gr.themes.Default(font="system-ui"), footer_links=[], run_history=False)
 

@@ -6,6 +6,7 @@
     python sample.py talk.mp3 --format srt      subtitles; also vtt, or json with word times
     python sample.py recordings --out texts     a folder; a second run does what is left
     python sample.py file.wav --task "Summarise: <audio>"
+    python sample.py file.wav --trace           what each step makes of it, on stderr
     arecord -f cd -d 5 | python sample.py -     reads all of standard input first
 
 wav, flac, mp3, ogg, opus, aiff, au, caf. What cannot be read is a line on stderr; exit status 1.
@@ -19,11 +20,13 @@ import itertools
 import json
 import os
 import sys
+import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
 
-from data import AUDIO_SUFFIXES, SAMPLE_RATE, InputError, read_audio, split_audio, write_file
+from data import (AUDIO_SUFFIXES, SAMPLE_RATE, InputError, load_audio, read_audio, split_audio,
+                  write_file)
 from tinyaudio import DECODINGS, TRANSCRIBE, TinyAudio
 
 ASSETS = Path(__file__).parent / "assets"
@@ -116,6 +119,30 @@ def render(kind, name, parts):
     return "".join(f"{number}\n{times.replace('.', ',')}\n{text}\n\n"
                    for number, (times, text) in enumerate(cues, 1))
 
+def trace(model, source, decode):
+    """Print on stderr what each step makes of 30 s of sound: function, milliseconds, shape."""
+    def shape(x):
+        return " x ".join(map(str, (x[0] if isinstance(x, tuple) else x).shape))
+    def step(function, *inputs, show=shape):
+        start = time.perf_counter()
+        found = function(*inputs)
+        milliseconds = 1000 * (time.perf_counter() - start)
+        print(f"{function.__qualname__:24} {milliseconds:7.1f} ms  {show(found)}", file=sys.stderr)
+        return found
+    def spell(logits):  # a dot is a blank
+        return "".join(write(model.ctc.tokens[i - 1]) if i else "." for i in logits[0].argmax(-1))
+    write = model.tokenizer.decode
+    wave = step(load_audio, source)[:30 * SAMPLE_RATE]
+    if model.encoder.run == model.encoder.whisper:
+        step(model.encoder.mel, wave)
+    frames, lengths = step(model.encoder.forward, [wave])
+    step(model.projector.stack_frames, frames)
+    audio, counts = step(model.projector.forward, frames, lengths)
+    step(model.ctc.forward, audio, model.embed.weight, show=spell)
+    step(model.prompt, show=lambda found: f"{len(found[0])} + audio + {len(found[1])} tokens")
+    [ids] = step(model.decode, audio, counts, decode, show=lambda ids: "|".join(map(write, ids[0])))
+    step(model.detokenize, ids, show=str)
+
 def main(argv=None):
     """Returns the exit status."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -126,13 +153,17 @@ def main(argv=None):
     add("--format", choices=("text", "json", "srt", "vtt"), default="text")
     add("--task", default=TRANSCRIBE, help='an instruction with "<audio>" in it')
     add("--out", type=Path, metavar="DIR", help="write a file for each that has none there")
+    add("--trace", action="store_true", help="show what each step makes of one clip")
     add("--device", help="cuda, mps or cpu; default: the best that is here")
     args = parser.parse_args(argv)
     if args.task.count("<audio>") != 1:
         parser.error('--task must say once where the sound goes, as in "Summarise: <audio>"')
-    if "" in args.files:
+    names = args.files or [str(ASSETS / "quickstart" / "clips" / "test_0002.ogg")]
+    if "" in names:
         parser.error("a file's name is empty")
-    files = find_files(args.files or [str(ASSETS / "quickstart" / "clips" / "test_0002.ogg")])
+    if args.trace:
+        return trace(TinyAudio.from_pretrained(args.model, args.device), names[0], args.decode)
+    files = find_files(names)
     if args.out:
         suffix = ".txt" if args.format == "text" else f".{args.format}"
         stems = Counter(below.with_suffix("") for _, below in files)

@@ -123,11 +123,14 @@ class Encoder(nn.Module):
         frames, lengths = self.run(waves)
         return frames * length_mask(lengths, frames.shape[1])[..., None], lengths
 
+    def mel(self, wave):
+        """wave (samples,) -> log-mel spectrogram (100 per second, mels)."""
+        return self.extractor(wave, sampling_rate=SAMPLE_RATE, padding="do_not_pad",
+                              return_tensors="pt").input_features[0].T
+
     def whisper(self, waves):
         """`WhisperEncoder.forward` at any length up to 30 s (Radford et al. 2022)."""
-        model = self.model
-        mels = [self.extractor(wave, sampling_rate=SAMPLE_RATE, padding="do_not_pad",
-                               return_tensors="pt").input_features[0].T for wave in waves]
+        model, mels = self.model, [self.mel(wave) for wave in waves]
         mel_lengths = torch.tensor([len(mel) for mel in mels], device=model.device)
         mel = pad_sequence(mels, batch_first=True).to(model.device, model.dtype)
         x = F.gelu(model.conv1(mel.transpose(1, 2)))
@@ -164,10 +167,14 @@ class Projector(nn.Module):
         nn.init.constant_(self.norm_out.weight, rms)
         self.mask = self.dropout = 0.0  # shares of frames and of hidden units
 
+    def stack_frames(self, frames):
+        """frames (B, T, D) -> (B, N, k D), N = ceil(T / k): no frame is lost."""
+        frames = F.pad(frames.float(), (0, 0, 0, -frames.shape[1] % self.stack))
+        return frames.reshape(len(frames), -1, self.stack * frames.shape[2])
+
     def forward(self, frames, lengths):
-        """frames (B, T, D), lengths (B,) -> audio (B, N, d), counts (B,); N = ceil(T / k)."""
-        frames = F.pad(frames.float(), (0, 0, 0, -frames.shape[1] % self.stack))  # none is lost
-        x = frames.reshape(len(frames), -1, self.stack * frames.shape[2])
+        """frames (B, T, D), lengths (B,) -> audio (B, N, d), counts (B,)."""
+        x = self.stack_frames(frames)
         x = F.dropout1d(x, self.mask, self.training)  # of whole frames; the norm undoes its scale
         x = F.gelu(self.linear_in(self.norm_in(x)))
         x = self.linear_out(F.dropout(x, self.dropout, self.training))

@@ -15,7 +15,7 @@ import soundfile
 from conftest import ROOT, run, tone
 
 from data import SAMPLE_RATE, load_audio
-from demo import draw, listen, main, stream
+from demo import draw, draw_hearing, listen, main, stream
 from sample import ASSETS, segments
 from tinyaudio import TinyAudio
 
@@ -41,6 +41,15 @@ def test_draw_escapes_words_and_keeps_their_order():
     picture = draw(tone(2), [{"words": words[:1]}, {"words": words[1:]}])
     assert "<b>" not in picture and picture.count("<path") == 1
     assert 0 < picture.index("&lt;b&gt;<rt>0.50<") < picture.index("R&amp;B<rt>1.25<")
+
+def test_the_picture_shows_what_ctc_spells_and_the_words(model):
+    pytest.importorskip("matplotlib")
+    waveform, probabilities, words = draw_hearing(model, load_audio(CLIP)).axes
+    assert len(waveform.lines[0].get_xdata()) == len(load_audio(CLIP))
+    peaks = [line.get_ydata().max() for line in probabilities.lines]
+    assert len(peaks) == len(probabilities.texts) >= 4 and 0.3 < min(peaks) <= max(peaks) <= 1
+    places, texts = zip(*((text.get_position()[0], text.get_text()) for text in words.texts))
+    assert " ".join(texts) == model.transcribe(CLIP) and list(places) == sorted(places)
 
 def test_what_cannot_be_read_is_one_line_without_folders(tmp_path):
     soundfile.write(tmp_path / "long.wav", tone(4), SAMPLE_RATE)

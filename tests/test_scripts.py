@@ -70,6 +70,16 @@ def test_a_task_is_another_question(say, tmp_path):
     with pytest.raises(SystemExit):
         say(path, "--task", "Summarise")
 
+def test_trace_follows_a_clip_to_its_text(say, tmp_path):
+    path = write(tmp_path / "a.wav", 2)
+    status, lines, rows = say(path, "--trace")
+    names, shapes = zip(*(re.split(r" +\d+\.\d ms  ", row) for row in rows))
+    assert not status and not lines and names[1] == "Encoder.mel" and len(names) == 9
+    assert shapes[:5] == ("32000", "200 x 80", "1 x 100 x 32", "1 x 20 x 160", "1 x 20 x 32")
+    text = say(path)[1][0]
+    assert shapes[8] == text and shapes[7].replace("|", "").split() == text.split()
+    assert "." in shapes[5] or len(shapes[5]) >= 20  # 20 frames
+
 def test_a_folder_is_done_once(say, tmp_path):
     source, out = tmp_path / "in", tmp_path / "out"
     write(source / "a.wav")
@@ -268,9 +278,9 @@ for command in sys.argv[1:]:
         assert line.startswith(command.split()[0] + ": ") and "missing" in line
 
 def test_the_project_stays_small():
-    limits = {"data.py": 325, "offline.py": 120, "tinyaudio.py": 495, "train.py": 435,
-              "sample.py": 175, "eval.py": 227, "demo.py": 130, "bench.py": 220,
-              "*.py": 2105, "tests/*.py": 1425, "README.md": 195}
+    limits = {"data.py": 325, "offline.py": 120, "tinyaudio.py": 500, "train.py": 435,
+              "sample.py": 207, "eval.py": 227, "demo.py": 150, "bench.py": 220,
+              "*.py": 2175, "tests/*.py": 1440, "README.md": 220}
     faults, sizes = [], {}
     for pattern, limit in limits.items():
         text = "".join(path.read_text("utf-8") for path in ROOT.glob(pattern))
@@ -281,4 +291,4 @@ def test_the_project_stays_small():
             faults += [f"{pattern}, two statements: {token.line}" for token in
                        tokenize.generate_tokens(io.StringIO(text).readline) if token.string == ";"]
     assert {path.name for path in ROOT.glob("*.py")} < limits.keys() and not faults, faults
-    assert sizes["*.py"] <= 113_500 and sizes["README.md"] <= 12_000, sizes
+    assert sizes["*.py"] <= 117_000 and sizes["README.md"] <= 12_000, sizes
