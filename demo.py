@@ -23,7 +23,6 @@ from sample import ASSETS, render, segments, time_words
 from tinyaudio import TRANSCRIBE, TinyAudio
 
 CSS = """.gradio-container {max-width: 800px !important; margin: auto}
-.wave {width: 100%; height: 72px; margin: 8px 0; stroke: var(--color-accent); stroke-width: 0.6}
 ruby {margin-right: 12px; line-height: 3} rt {font-size: 12px}"""
 
 @lru_cache(maxsize=8)  # a second prompt needs no file
@@ -46,14 +45,10 @@ def stream(model, wave, task=TRANSCRIBE):
     yield from streamer
     writing.result()  # raises the error
 
-def draw(wave, parts):
-    """HTML: the waveform, and below it the words with their times."""
-    peaks = np.array([np.abs(piece).max(initial=0.01) for piece in np.array_split(wave, 150)])
-    bars = "".join(f"M{x}.5 {-y:.2f}V{y:.2f}" for x, y in enumerate(peaks / max(0.1, *peaks)))
-    row = "".join(f"<ruby>{html.escape(word['word'])}<rt>{word['start']:.2f}</rt></ruby> "
-                  for part in parts for word in part["words"])
-    return ('<svg class="wave" viewBox="0 -1 150 2" preserveAspectRatio="none">'
-            f'<path d="{bars}"/></svg><p>{row}</p>')
+def show_words(parts):
+    """HTML: the words with their times."""
+    return "".join(f"<ruby>{html.escape(word['word'])}<rt>{word['start']:.2f}</rt></ruby> "
+                   for part in parts for word in part["words"])
 
 def draw_hearing(model, wave):
     """Figure: up to 28 s of sound, the probabilities of what CTC spells, and the words."""
@@ -98,17 +93,17 @@ def listen(model, minutes, path, prompt):
     for _, piece in split_audio([wave]):
         for more in chain([" "], stream(model, piece, task)):
             text += more
-            yield text.strip(), draw(wave, parts)
+            yield text.strip(), show_words(parts)
     if task == TRANSCRIBE:  # what stays is the best decoding
         for part in segments(model, [wave], words=True):
             parts.append(part)
-            yield text.strip(), draw(wave, parts)
+            yield text.strip(), show_words(parts)
         text = render("text", path, parts)
-    facts = f"{len(wave) / SAMPLE_RATE:.1f} s of sound in {time.perf_counter() - since:.1f} s"
+    facts = f"<p>{len(wave) / SAMPLE_RATE:.1f} s of sound in {time.perf_counter() - since:.1f} s"
     for kind in ("srt", "json") if parts else ():
         link = quote(render(kind, Path(path).name, parts))
         facts += f' | <a download="{Path(path).stem}.{kind}" href="data:,{link}">{kind.upper()}</a>'
-    yield text.strip() or "(no words)", draw(wave, parts) + facts
+    yield text.strip() or "(no words)", show_words(parts) + facts
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
