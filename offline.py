@@ -6,6 +6,7 @@
 `folder(name)` converts one, once, into a Hugging Face model folder in ~/.cache/tinyaudio (or
 $TINYAUDIO_CACHE). The packages are read as data; none of their code runs.
 """
+import contextlib
 import hashlib
 import importlib.metadata
 import io
@@ -42,13 +43,13 @@ def folder(name):
     convert = convert_whisper if name == "whisper-base" else convert_smollm2
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as unfinished, torch.random.fork_rng([]):
-            convert(files, Path(unfinished, name))  # without a trace in a seeded run
+        with (tempfile.TemporaryDirectory(dir=cache) as unfinished, torch.random.fork_rng([]),
+              contextlib.redirect_stderr(io.StringIO())):  # progress bars
+            convert(files, Path(unfinished, name))
             os.replace(Path(unfinished, name), target)
     except OSError as error:
         if not target.exists():  # else another process was first, which is as good
-            reason = f"{first_line(error)}; set TINYAUDIO_CACHE"
-            raise InputError(f"cannot write {target}: {reason}") from None
+            raise InputError(f"{target}: {first_line(error)}; set TINYAUDIO_CACHE") from None
     return target
 
 def package_file(package, name, sha256):
@@ -116,5 +117,4 @@ def convert_smollm2(files, target):
     weights = load_gguf_checkpoint(files[0], return_tensors=True, model_to_load=model)["tensors"]
     model.load_state_dict(weights, strict=False)  # the output layer is tied to the embeddings
     model.bfloat16().save_pretrained(target)
-    tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name)
-    tokenizer.save_pretrained(target)
+    AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name).save_pretrained(target)
