@@ -334,10 +334,19 @@ class TinyAudio(nn.Module):
 
     @torch.no_grad()
     def ctc_greedy(self, audio, counts):
-        """The best class of each frame, without repeats and blanks."""
-        best = self.ctc(audio, self.embed.weight).argmax(-1)
-        paths = [path[:count].unique_consecutive() for path, count in zip(best, counts.tolist())]
-        return [self.ctc.tokens[path[path > 0] - 1].tolist() for path in paths]
+        """The best class of each frame, without repeats and blanks. A token behind 5 blanks begins a
+        word: the decoder writes the first word of a sentence without a space."""
+        best, tokens = self.ctc(audio, self.embed.weight).argmax(-1), self.ctc.tokens.tolist()
+        answers = [[] for _ in best]
+        for answer, path, count in zip(answers, best.tolist(), counts.tolist()):
+            blanks = 0
+            for best, last in zip(path[:count], [0, *path]):
+                if best and best != last:
+                    token = tokens[best - 1]
+                    new_word = " " + self.tokenizer.decode([token]).strip()
+                    answer += self.tokenize(new_word) if answer and blanks > 4 else [token]
+                blanks = 0 if best else blanks + 1
+        return answers
 
     def left_pad(self, prompts):
         """B tensors (length, d) -> (B, longest, d) and its mask (B, longest), 0 at padding."""

@@ -209,6 +209,11 @@ def test_what_is_said_is_found_and_aligned(toys):
         assert model.ctc_greedy(audio, torch.tensor([count])) == [expected]
         # Joint decoding tries what is heard, and not only what the language model expects.
         assert model.joint(audio, torch.tensor([count]), 0.99, choices=2) == [expected]
+    # Behind a pause a token begins a word, and has a space.
+    apart = model.embed_ids([[b, *[SILENCE] * 5, b], [b, *[SILENCE] * 4, b, SILENCE]])
+    one, two = map(model.detokenize, model.ctc_greedy(apart, torch.tensor([7, 7])))
+    word = model.tokenizer.decode([b]).strip()
+    assert one == f"{word} {word}" and two == word + model.tokenizer.decode([b])
     frames, probabilities = model.align(audio[0], [a, b, b, c])
     assert frames.tolist() in ([2, 4, 7, 8], [2, 5, 7, 8]) and (probabilities > 0.9).all()
     assert (model.align(audio[0], [a, c, b])[1] < 0.1).any()  # that is not what was said
