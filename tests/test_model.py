@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from conftest import SENTENCES, tone
 
-from data import InputError, split_audio
+from data import InputError
 from tinyaudio import DECODINGS, Projector, TinyAudio, ctc_prefix_extend, load_decoder, load_encoder
 
 WAVES = [tone(seconds, i) for i, seconds in enumerate((2.0, 0.05, 3.31, 1.237, 0.9, 2.999))]
