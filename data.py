@@ -206,8 +206,10 @@ def read_rows(file):
 
 def read_folder(folder):
     """Rows of audio files; their text is in a .txt beside each, or as LibriSpeech has it."""
-    lines = [line.split(" ", 1) for file in folder.rglob("*.trans.txt") for line in open(file)]
-    texts = dict(line for line in lines if len(line) == 2)
+    texts = {}
+    for file in folder.rglob("*.trans.txt"):
+        lines = file.read_text("utf-8-sig").splitlines()
+        texts |= dict(line.split(" ", 1) for line in lines if " " in line)
     for audio in sorted(folder.rglob("*")):
         if audio.suffix.lower() in AUDIO_SUFFIXES:
             file = audio.with_suffix(".txt")
@@ -236,7 +238,8 @@ def to_clip(row, name, folder=""):
 
 def is_hub_id(name):
     """Whether a name is owner/name:config:split, and not that of a file, here or missing."""
-    is_file = Path(name).parent.is_dir() or Path(name).suffix in (".csv", ".tsv", ".jsonl")
+    suffixes = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+    is_file = Path(name).parent.is_dir() or name.endswith(suffixes)
     return not is_file and bool(re.fullmatch(r"[\w-]+/[\w.-]+(:[\w.-]*){0,2}", name))
 
 def open_stream(name, split):

@@ -44,7 +44,7 @@ def folder(name):
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with (tempfile.TemporaryDirectory(dir=cache) as unfinished, torch.random.fork_rng([]),
-              contextlib.redirect_stderr(io.StringIO())):  # progress bars
+              contextlib.redirect_stderr(io.StringIO())):  # no progress bars
             convert(files, Path(unfinished, name))
             os.replace(Path(unfinished, name), target)
     except OSError as error:

@@ -336,9 +336,9 @@ class TinyAudio(nn.Module):
     def ctc_greedy(self, audio, counts):
         """The best class of each frame, without repeats and blanks. A token behind 5 blanks begins
         a word: the decoder writes the first word of a sentence without a space."""
-        best, tokens = self.ctc(audio, self.embed.weight).argmax(-1), self.ctc.tokens.tolist()
-        answers = [[] for _ in best]
-        for answer, path, count in zip(answers, best.tolist(), counts.tolist()):
+        paths, tokens = self.ctc(audio, self.embed.weight).argmax(-1), self.ctc.tokens.tolist()
+        answers = [[] for _ in paths]
+        for answer, path, count in zip(answers, paths.tolist(), counts.tolist()):
             blanks = 0
             for best, last in zip(path[:count], [0, *path]):
                 if best and best != last:

@@ -182,7 +182,7 @@ def test_folders_and_names_of_data(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="a name is missing"):
             read_clips(name)
     names = {"speechbrain/LoquaciousSet": True, "a/b:clean:train.360": True, "out/mine": False,
-             "a/b.csv": False, "out": False, "a/b/c": False}
+             "a/b.csv": False, "a/b.parquet": False, "out": False, "a/b/c": False}
     assert {name: is_hub_id(name) for name in names} == names
 
 def test_batches_hold_every_clip_once_within_the_limit():
