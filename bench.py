@@ -5,10 +5,6 @@
 
 Median of three timed runs after one warm-up, in seconds of sound per second.
 """
-import signal
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
-
 import itertools
 import statistics
 import sys
@@ -134,7 +130,7 @@ def make_clips(model, count):
         wave = np.concatenate([load_audio(command["audio"]) for command in said])
         clips.append({"wave": wave, "seconds": len(wave) / SAMPLE_RATE,
                       "frames": model.encoder([wave])[0][0],
-                      "answer": model.tokenize(" ".join(command["text"] for command in said))})
+                      "answer": model.tokenize_answer(" ".join(command["text"] for command in said))})
     return clips
 
 def naive_loss(model, frames, lengths, answers):

@@ -12,9 +12,7 @@ import soundfile
 import soxr
 
 SAMPLE_RATE = 16_000  # Hz
-AUDIO_SUFFIXES = (  # the last row is not read, but named
-    ".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".w64", ".caf", ".au", ".mp2",
-    ".m4a", ".mp4", ".aac", ".webm", ".wma", ".amr")
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".au", ".caf", ".m4a")
 AUDIO_COLUMNS = ("audio", "wav", "file_name", "audio_filepath", "path")
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")
 MARKS = {"COMMA": ",", "PERIOD": ".", "QUESTIONMARK": "?", "EXCLAMATIONPOINT": "!"}
@@ -33,15 +31,15 @@ def read_audio(source, sample_rate=SAMPLE_RATE):
     """Yields sound of any length as float32 arrays (samples,), mono, 16 kHz, of about 10 s.
     source is a path, bytes or file object of what libsndfile reads; an array or tensor
     (samples,), (samples, channels) or (channels, samples), float in [-1, 1] or integer, of
-    sample_rate in Hz; an array and its rate; or a row of Hugging Face datasets. Raises
-    InputError, behind the last sample if a part of a file is missing."""
+    sample_rate in Hz; or the audio of a row of Hugging Face datasets. Raises InputError, behind
+    the last sample if a part of a file is missing."""
     name = source if isinstance(source, (str, Path)) else "audio input"
-    resampler = rate = None
+    resampler = None
     try:
         for block, rate in read_blocks(source, sample_rate):
-            if not np.abs(block).max(initial=0) < 16:
+            if not np.abs(block).max() < 16:
                 raise ValueError("samples are not numbers from -1 to 1")
-            mono = mix(block)
+            mono = block.mean(axis=1)
             if rate != SAMPLE_RATE:
                 resampler = resampler or soxr.ResampleStream(rate, SAMPLE_RATE, 1)
                 mono = resampler.resample_chunk(mono)
@@ -54,19 +52,12 @@ def read_audio(source, sample_rate=SAMPLE_RATE):
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: {first_line(error)}") from None
 
-def mix(block):
-    """(samples, channels) -> (samples,). Channels may cancel out: then the loudest is taken."""
-    mono, energy = block.mean(axis=1), np.square(block).sum(axis=0)
-    return mono if np.square(mono).sum() >= 0.01 * energy.max() else block[:, energy.argmax()]
-
 def read_blocks(source, sample_rate):
     """Yields (float32 array (samples, channels), its rate in Hz), about 10 s at a time."""
     if isinstance(source, dict):  # of Hugging Face datasets
         sample_rate = source.get("sampling_rate", sample_rate)
         source = source.get("array", source.get("bytes") or source.get("path"))
-    if isinstance(source, tuple):  # of soundfile.read
-        source, sample_rate = source
-    if isinstance(source, (bytes, bytearray, memoryview)):
+    if isinstance(source, bytes):
         source = io.BytesIO(source)
     if isinstance(source, (str, Path)):
         with open(source, "rb") as file:
@@ -76,53 +67,25 @@ def read_blocks(source, sample_rate):
     else:
         yield as_samples(source), sample_rate
 
-class Endless:
-    """A file that says that it is 1 GB longer. What libsndfile knows of the length of a sound is
-    a header's word or a guess. Now it reads as long as there is something."""
-
-    def __init__(self, file):
-        self.file, self.end = file, 0
-
-    def seek(self, offset, whence=0):
-        found = self.file.seek(offset, whence)
-        self.end = found + 2**30 if whence == 2 else 0
-        return self.end or found
-
-    def tell(self):
-        return self.end or self.file.tell()
-
-    def read(self, size):
-        return self.file.read(size)
-
 def read_file(file):
     """The blocks of an audio file. Raises ValueError at its end if a part of it is missing."""
-    sound, count, more = soundfile.SoundFile(Endless(file)), 0, True
-    stated, rate = sound.frames, sound.samplerate
-    if not stated and sound.format == "WAV":  # of a recorder that was interrupted
-        sound = soundfile.SoundFile(io.BytesIO(file.read()), format="RAW", samplerate=rate,
-                                    channels=sound.channels, subtype=sound.subtype)
-    while more:
-        block = np.full((10 * rate, sound.channels), np.nan, np.float32)
-        try:
-            block = sound.read(out=block)
-            more = len(block) == 10 * rate
-        except soundfile.LibsndfileError:  # also at the end of a FLAC that states no length
-            block, more = block[:np.isfinite(block[:, 0]).sum()], False
-        count += len(block)
+    sound, count = soundfile.SoundFile(file), 0
+    rate = sound.samplerate
+    while len(block := sound.read(10 * rate, "float32", always_2d=True)):
         yield block, rate
+        count += len(block)
     rest = len(file.read())
     if not count:
         raise ValueError("no sound in it (0 samples)")
-    if stated * sound.channels < 2**29 and count < 0.99 * stated:  # a length, not a mark for none
-        raise ValueError(f"ends early, after {count / rate:.1f} of {stated / rate:.1f} s")
-    if rest > 4096:  # more than tags
+    if count < 0.99 * sound.frames:
+        raise ValueError(f"ends early, after {count / rate:.1f} of {sound.frames / rate:.1f} s")
+    if rest > 4096:  # more than tags: an MP3 may state a wrong length
         raise ValueError(f"only {count / rate:.1f} s can be read, and {rest} bytes follow")
 
 def as_samples(array):
     """Array or tensor -> float32 (samples, channels) in [-1, 1]. The longer dimension is time."""
     if hasattr(array, "detach"):
-        array = array.detach().cpu()
-        array = array.float() if array.is_floating_point() else array  # NumPy has no bfloat16
+        array = array.detach().cpu().numpy()
     samples = np.asarray(array)
     kinds = samples.dtype.kind in "fi" or samples.dtype == np.uint8
     if samples.ndim not in (1, 2) or not samples.size or not kinds:
@@ -130,30 +93,24 @@ def as_samples(array):
     samples = np.atleast_2d(samples)
     samples = samples.T if samples.shape[0] < samples.shape[1] else samples
     if samples.dtype.kind != "f":
-        bits = 8 * samples.itemsize
-        bits = min(bits, 16) if np.abs(samples).max() < 2**15 else bits  # often in a wider type
-        samples = samples / 2.0 ** (bits - 1) - (samples.dtype.kind == "u")
+        half = 2.0 ** (8 * samples.itemsize - 1)
+        samples = samples / half - (samples.dtype.kind == "u")
     return samples.astype(np.float32)
 
 def split_audio(blocks):
     """Cut a stream of arrays into pieces of 15 to 28 s, in the middle of the quietest 0.1 s.
-    Yields the start of each piece in seconds, and its samples; then raises what `blocks` raises."""
-    rest, start, error = np.zeros(0, np.float32), 0, None
+    Yields the start of each piece in seconds, and its samples."""
+    rest, start = np.zeros(0, np.float32), 0
     first, last, window = 15 * SAMPLE_RATE, 28 * SAMPLE_RATE, SAMPLE_RATE // 10
-    try:
-        for block in blocks:
-            rest = np.concatenate([rest, block])
-            while len(rest) > last:
-                energy = np.square(rest[first:last]).reshape(-1, window).mean(axis=1)
-                cut = first + int(energy.argmin()) * window + window // 2
-                yield start / SAMPLE_RATE, rest[:cut]
-                rest, start = rest[cut:], start + cut
-    except InputError as fault:
-        error = fault
+    for block in blocks:
+        rest = np.concatenate([rest, block])
+        while len(rest) > last:
+            energy = np.square(rest[first:last]).reshape(-1, window).mean(axis=1)
+            cut = first + int(energy.argmin()) * window + window // 2
+            yield start / SAMPLE_RATE, rest[:cut]
+            rest, start = rest[cut:], start + cut
     if len(rest):
         yield start / SAMPLE_RATE, rest
-    if error:
-        raise error
 
 def clean_text(text):
     """Text to train on: tags become punctuation or go, ALL CAPS, even one acronym, lower case."""
@@ -166,33 +123,30 @@ def read_clips(pattern):
     """Clips of .jsonl, .csv, .tsv or .parquet files, or of a folder with a .txt beside each audio
     file: dicts name, audio (path or bytes), text (cleaned). pattern is a path, a glob, or several
     with commas between. Audio paths are relative to the file. Raises InputError."""
-    exists = pattern and Path(pattern).exists()
     files = []
-    for part in [pattern] if exists else map(str.strip, pattern.split(",")):
-        found = [] if Path(part).exists() else sorted(glob.glob(part, recursive=True))
-        files += map(Path, found or [part])
+    for part in map(str.strip, pattern.split(",")):
         if not part:
             raise InputError(f"'{pattern}': a name is missing")
+        found = [] if Path(part).exists() else sorted(glob.glob(part, recursive=True))
+        files += map(Path, found or [part])
     return [to_clip(row, f"{file}#{number}", file.parent)
             for file in files for number, row in enumerate(read_rows(file), 1)]
 
 def read_rows(file):
     """Yields the rows of one data file or folder, as dicts."""
-    number, text = 0, ""
+    number = 0
     try:
-        if file.suffix in (".json", ".jsonl", ".csv", ".tsv"):
-            text = file.read_text("utf-8-sig")
         if file.is_dir():
             rows = read_folder(file)
         elif file.suffix == ".parquet":
             import pyarrow.parquet
             rows = pyarrow.parquet.read_table(file).to_pylist()
         elif file.suffix in (".csv", ".tsv"):
-            mark = max("\t,;|", key=text.partition("\n")[0].count)
-            quoting = csv.QUOTE_NONE if file.suffix == ".tsv" else csv.QUOTE_MINIMAL
-            rows = csv.DictReader(io.StringIO(text), delimiter=mark, quoting=quoting, strict=True)
+            tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+            options = {"strict": True} if file.suffix == ".csv" else tabs
+            rows = csv.DictReader(file.open(encoding="utf-8-sig", newline=""), **options)
         elif file.suffix in (".json", ".jsonl"):
-            rows = (json.loads(line) for line in text.split("\n") if line.strip())
+            rows = (json.loads(line) for line in file.open(encoding="utf-8-sig") if line.strip())
         else:
             raise ValueError("not .jsonl, .csv, .tsv, .parquet or a folder")
         for row in rows:
@@ -201,24 +155,19 @@ def read_rows(file):
             yield row
             number += 1
     except (OSError, ValueError, csv.Error) as error:
-        where = f"row {number + 1}: " if text else ""
-        raise InputError(f"{file}: {where}{first_line(error)}") from None
+        raise InputError(f"{file}: row {number + 1}: {first_line(error)}") from None
 
 def read_folder(folder):
-    """Rows of audio files; their text is in a .txt beside each, or as LibriSpeech has it."""
-    texts = {}
-    for file in folder.rglob("*.trans.txt"):
-        lines = file.read_text("utf-8-sig").splitlines()
-        texts |= dict(line.split(" ", 1) for line in lines if " " in line)
+    """Rows of the audio files of a folder, with the text of the .txt beside each."""
     for audio in sorted(folder.rglob("*")):
         if audio.suffix.lower() in AUDIO_SUFFIXES:
             file = audio.with_suffix(".txt")
-            text = file.read_text("utf-8-sig") if file.exists() else texts.get(audio.stem)
+            text = file.read_text("utf-8-sig") if file.exists() else ""
             yield {"audio": str(audio.relative_to(folder.parent)), "text": text}
 
 def to_clip(row, name, folder=""):
     """A row of a data file or of the Hub -> a clip, named by its path or by a hash of its bytes."""
-    row = {str(key).lower(): row[key] for key in row} if isinstance(row, dict) else {}
+    row = row if isinstance(row, dict) else {}
     audios = [row[column] for column in AUDIO_COLUMNS if column in row]
     texts = [row[column] for column in TEXT_COLUMNS if column in row]
     if not audios or not texts:
@@ -230,11 +179,11 @@ def to_clip(row, name, folder=""):
     if isinstance(audio, str):
         path = Path(folder, audio)
         beside = Path(folder, "clips", audio)  # as Common Voice has it
-        audio = name = str(beside if beside.exists() and not path.exists() else path)
+        audio = name = str(beside if beside.exists() else path)
     elif isinstance(audio, bytes):
         name = hashlib.md5(audio).hexdigest()
-    no_text = text is None or text != text  # NaN is not equal to itself
-    return {"name": name, "audio": audio, "text": "" if no_text else clean_text(str(text))}
+    text = "" if text is None else clean_text(str(text))
+    return {"name": name, "audio": audio, "text": text}
 
 def is_hub_id(name):
     """Whether a name is owner/name:config:split, and not that of a file, here or missing."""
@@ -266,7 +215,7 @@ def make_batches(clips, batch_seconds, rng=None):
     `batch_seconds`. rng is a numpy Generator that shuffles, or None for longest first."""
     jitter = rng.uniform(0.9, 1.1, len(clips)) if rng else np.ones(len(clips))
     order = np.argsort([-clip["seconds"] * x for clip, x in zip(clips, jitter)], kind="stable")
-    batches, longest = [], 0.0
+    batches, longest = [], 0
     for clip in (clips[i] for i in order):
         longest = max(longest, clip["seconds"])
         if not batches or longest * (len(batches[-1]) + 1) > batch_seconds:
@@ -299,11 +248,10 @@ def no_speech(count, seed):
     rng, clips = np.random.default_rng(seed), []
     for number in range(count):
         size = int(rng.uniform(1, 12) * SAMPLE_RATE)
-        angle = 2 * np.pi * np.arange(size) / SAMPLE_RATE
-        pitches = rng.uniform(50, 2000, rng.integers(1, 5))
-        wave = coloured_noise(size, rng) * rng.choice([0, 0.1, 1], p=[0.1, 0.3, 0.6])
-        wave += sum(np.sin(pitch * angle) for pitch in pitches) * rng.choice([0, 1])
-        wave *= 10 ** rng.uniform(-3, 0) / max(1e-9, np.abs(wave).max())
+        angles = rng.uniform(0.02, 0.8, (3, 1)) * np.arange(size)  # 50 to 2000 Hz
+        wave = rng.choice([0.1, 1]) * coloured_noise(size, rng)
+        wave += rng.choice([0, 1]) * np.sin(angles).sum(axis=0)
+        wave *= 10 ** rng.uniform(-3, 0) / np.abs(wave).max()
         clips.append({"name": f"no speech {number}", "audio": wave.astype(np.float32), "text": "",
                       "seconds": size / SAMPLE_RATE})
     return clips
@@ -311,13 +259,9 @@ def no_speech(count, seed):
 def write_file(path, data):
     """Write text or bytes under another name, then rename: a file is whole or it is not there."""
     unfinished = Path(f"{path}.unfinished")
-    data = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
-    try:
-        unfinished.write_bytes(data)
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {first_line(error)}") from None
+    data = data.encode() if isinstance(data, str) else data
+    unfinished.write_bytes(data)
+    unfinished.replace(path)
 
 def finished_rows(path):
     """Rows of a .jsonl that a script wrote, without a last line that a crash cut off."""

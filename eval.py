@@ -8,10 +8,6 @@
 Writes outputs/eval_<dataset>_<model>/: results.txt, results.jsonl (a row for each clip) and
 summary.json. The same command with --resume goes on after an interruption.
 """
-import signal
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
-
 import datetime
 import json
 import random

@@ -4,29 +4,22 @@
     python sample.py file.wav                   prints the text, a line for every 15 to 28 s
     python sample.py *.flac --model out/mine    prints path<TAB>text, a line per file
     python sample.py talk.mp3 --format srt      subtitles; also vtt, or json with word times
-    python sample.py recordings --out texts     a folder; a second run does what is left
+    python sample.py *.mp3 --out texts          a file for each; a second run does what is left
     python sample.py file.wav --task "Summarise: <audio>"
     python sample.py file.wav --trace           what each step makes of it, on stderr
     arecord -f cd -d 5 | python sample.py -     reads all of standard input first
 
 wav, flac, mp3, ogg, opus, aiff, au, caf. What cannot be read is a line on stderr; exit status 1.
 """
-import signal
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
-
 import io
 import itertools
 import json
-import os
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections import Counter
 from pathlib import Path
 
-from data import (AUDIO_SUFFIXES, SAMPLE_RATE, InputError, load_audio, read_audio, split_audio,
-                  write_file)
+from data import SAMPLE_RATE, InputError, load_audio, read_audio, split_audio, write_file
 from tinyaudio import DECODINGS, TRANSCRIBE, TinyAudio
 
 ASSETS = Path(__file__).parent / "assets"
@@ -74,17 +67,6 @@ def time_words(model, audio, ids, start):
              "end": round(start + (frames[j - 1] + 1) * seconds, 2),
              "probability": round(sum(probabilities[i:j]) / (j - i), 3)}
             for i, j in itertools.pairwise([*firsts, len(ids)])]
-
-def find_files(names):
-    """(path, path below --out) of every file, folders walked. Raises InputError."""
-    found = []
-    for name in names:
-        below = [(str(path), path.relative_to(name)) for path in sorted(Path(name).rglob("*"))
-                 if path.suffix.lower() in AUDIO_SUFFIXES]
-        if Path(name).is_dir() and not below:
-            raise InputError(f"{name}: no {', '.join(AUDIO_SUFFIXES)} in this folder")
-        found += below or [(name, Path("stdin" if name == "-" else Path(name).name))]
-    return found
 
 def make_cues(words, longest=6.0, width=80):
     """Subtitles [start, end, text]: cut at a pause, `longest` s, `width` letters."""
@@ -147,7 +129,7 @@ def main(argv=None):
     """Returns the exit status."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("files", nargs="*", help="audio files, folders, or - for standard input")
+    add("files", nargs="*", help="audio files, or - for standard input")
     add("--model", default=str(ASSETS / "default"), help="folder or hub id of a checkpoint")
     add("--decode", choices=DECODINGS, help="default: the best one of the training")
     add("--format", choices=("text", "json", "srt", "vtt"), default="text")
@@ -159,18 +141,14 @@ def main(argv=None):
     if args.task.count("<audio>") != 1:
         parser.error('--task must say once where the sound goes, as in "Summarise: <audio>"')
     names = args.files or [str(ASSETS / "quickstart" / "clips" / "test_0002.ogg")]
-    if "" in names:
-        parser.error("a file's name is empty")
     if args.trace:
         return trace(TinyAudio.from_pretrained(args.model, args.device), names[0], args.decode)
-    files = find_files(names)
+    suffix = ".txt" if args.format == "text" else f".{args.format}"
+    files = [(name, args.out and args.out / (Path(name).stem + suffix)) for name in names]
     if args.out:
-        suffix = ".txt" if args.format == "text" else f".{args.format}"
-        stems = Counter(below.with_suffix("") for _, below in files)
-        files = [(name, args.out / (f"{below}{suffix}" if stems[below.with_suffix("")] > 1
-                                    else below.with_suffix(suffix))) for name, below in files]
         if len({target for _, target in files}) < len(files):
             raise InputError(f"two files have the same name in {args.out}: use two --out folders")
+        args.out.mkdir(parents=True, exist_ok=True)
         files = [(name, target) for name, target in files if not target.exists()]
     model, status = TinyAudio.from_pretrained(args.model, args.device), 0
     # Audio formats seek, and standard input cannot.
@@ -188,7 +166,6 @@ def main(argv=None):
             if live:
                 print(part["text"], flush=True)
         if args.out and parts:
-            target.parent.mkdir(parents=True, exist_ok=True)
             write_file(target, render(args.format, name, parts))
             print(target)
         elif parts and not live:
@@ -198,9 +175,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        sys.stdout.reconfigure(errors="surrogateescape")  # file names are any bytes
         sys.exit(main())
-    except BrokenPipeError:  # whoever reads has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as error:
         sys.exit(f"sample.py: {error}")

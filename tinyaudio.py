@@ -8,10 +8,9 @@
 The file follows the sound. Shapes: B clips, T encoder frames (50 per second), N stacked frames
 (10 per second), D encoder width, d decoder width, V CTC tokens.
 """
+import itertools
 import json
-import re
 import string
-from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -259,20 +258,22 @@ class TinyAudio(nn.Module):
     def tokenize(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
+    def tokenize_answer(self, text):
+        """Token ids. Behind a space a word is the same token wherever it stands."""
+        return self.tokenize(f" {text}") if text else []
+
     def detokenize(self, ids):
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
 
     def prompt(self, task=TRANSCRIBE):
         """Token ids before and after the audio, by the tokenizer's chat template."""
-        # Without a system message some templates write a long one. Some write today's date.
+        # Without a system message some templates write a long one.
         messages = [{"role": "system", "content": ""}, {"role": "user", "content": task}]
-        template = re.sub(r"strftime_now\([^()]*\)", "''", self.tokenizer.get_chat_template())
-        options = {"chat_template": template, "tokenize": False, "enable_thinking": False}
-        write = partial(self.tokenizer.apply_chat_template, add_generation_prompt=True, **options)
+        options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
         try:
-            text = write(messages)
+            text = self.tokenizer.apply_chat_template(messages, **options)
         except Exception:  # some templates know no system role
-            text = write(messages[1:])
+            text = self.tokenizer.apply_chat_template(messages[1:], **options)
         before, _, after = text.rpartition("<audio>")
         return self.tokenize(before), self.tokenize(after)
 
@@ -325,28 +326,19 @@ class TinyAudio(nn.Module):
         """B arrays (samples,) -> audio, counts."""
         return self.projector(*self.encoder(waves))
 
-    def set_ctc_tokens(self, texts):
-        """CTC may use the tokens of the texts and single characters."""
+    def set_ctc_tokens(self, tokens):
+        """CTC may use these token ids too, and single characters."""
         letters = string.ascii_letters + string.digits + "'.,?!-"
-        texts = [*texts, *letters, *(f" {letter}" for letter in letters)]
-        tokens = sorted(set(self.ctc.tokens.tolist()).union(*map(self.tokenize, texts)))
+        letters = [ids for x in letters for ids in (self.tokenize(x), self.tokenize(f" {x}"))]
+        tokens = sorted(set(self.ctc.tokens.tolist()).union(tokens, *letters))
         self.ctc.tokens = torch.tensor(tokens, dtype=torch.int32, device=self.device)
 
     @torch.no_grad()
     def ctc_greedy(self, audio, counts):
-        """The best class of each frame, without repeats and blanks. A token behind 5 blanks begins
-        a word: the decoder writes the first word of a sentence without a space."""
+        """The best class of each frame, without repeats and blanks."""
         paths, tokens = self.ctc(audio, self.embed.weight).argmax(-1), self.ctc.tokens.tolist()
-        answers = [[] for _ in paths]
-        for answer, path, count in zip(answers, paths.tolist(), counts.tolist()):
-            blanks = 0
-            for best, last in zip(path[:count], [0, *path]):
-                if best and best != last:
-                    token = tokens[best - 1]
-                    new_word = " " + self.tokenizer.decode([token]).strip()
-                    answer += self.tokenize(new_word) if answer and blanks > 4 else [token]
-                blanks = 0 if best else blanks + 1
-        return answers
+        return [[tokens[best - 1] for best, _ in itertools.groupby(path[:count]) if best]
+                for path, count in zip(paths.tolist(), counts.tolist())]
 
     def left_pad(self, prompts):
         """B tensors (length, d) -> (B, longest, d) and its mask (B, longest), 0 at padding."""
@@ -481,8 +473,7 @@ class TinyAudio(nn.Module):
             config = json.loads((folder / "config.json").read_text())
             if sorted(config) != ["decode", "decoder", "encoder", "hidden", "lora", "stack"]:
                 raise ValueError(f"config.json has the keys {', '.join(config)}")
-            files = sorted(folder.glob("*.safetensors"))  # two, in earlier versions
-            tensors = {k: x for file in files for k, x in safetensors.torch.load_file(file).items()}
+            tensors = safetensors.torch.load_file(folder / "model.safetensors")
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise InputError(f"{name} is no checkpoint: {first_line(error)}") from None
         model = cls(**config, device=device, dtype=dtype)
@@ -500,7 +491,6 @@ class TinyAudio(nn.Module):
         return model.eval()
 
 CARD = """---
-library_name: tiny-audio
 pipeline_tag: automatic-speech-recognition
 ---
 # Tiny Audio: {encoder} -> {decoder}

@@ -10,19 +10,15 @@ Phase 1 (--ctc-steps): the projector learns to spell by CTC; the decoder is not 
 Phase 2 (--steps): cross-entropy through the frozen decoder, plus a little CTC.
 Ctrl-C or SIGTERM saves and stops. What is in --out can be used at any time.
 """
-import signal
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
-
 import argparse
 import datetime
 import functools
-import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -82,7 +78,8 @@ def parse_args(argv):
     add("--augment", type=float, default=0, help="fraction of clips with other speed, noise")
     add("--compile", action="store_true", help="compile the decoder")
     add("--checkpointing", action="store_true", help="less memory, a third slower")
-    add("--keep-frames", type=float, default=4, metavar="GB", help="encode files only once")
+    add("--keep-frames", type=float, default=4, metavar="GB",
+        help="encode files only once, with --augment up to three copies of them")
     add("--log-every", type=int, default=20, help="steps between log lines")
     add("--eval-every", type=int, default=500, help="steps between validations")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
@@ -119,7 +116,7 @@ def usable(clips, model, left_out):
                 left_out[f"unreadable or not 0.1 to {MAX_SECONDS} s long"] += 1
             elif not clip["text"]:
                 left_out["without text"] += 1
-            elif len(model.tokenize(clip["text"])) > seconds * rate:  # no CTC path
+            elif len(model.tokenize_answer(clip["text"])) > seconds * rate:  # no CTC path
                 left_out["with more text than sound"] += 1
             else:
                 good.append({**clip, "seconds": seconds})
@@ -171,7 +168,7 @@ def prefetch(items):
             yield item
 
 def load_data(args, model, place):
-    """Endless windows of clips from a place on, the clips to validate on, and a hash of both."""
+    """Endless windows of clips from a place on, and the clips to validate on."""
     left_out, stream = Counter(), None
     if args.dataset in TRAINING_SETS or is_hub_id(args.dataset):
         stream = open_stream(TRAINING_SETS.get(args.dataset, args.dataset), "train")
@@ -192,22 +189,22 @@ def load_data(args, model, place):
           f"validate on; left out: {dict(left_out) or 'nothing'}")
     if not clips or not val:
         raise InputError(f"no usable clip in {args.val or args.dataset}")
-    facts = [(clip["name"], clip["text"], clip["seconds"]) for clip in clips + val]
-    fingerprint = hashlib.md5(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()
     if stream:  # the texts are not known yet: CTC may use every token that is made of letters
-        tokens = map(model.tokenizer.decode, range(len(model.tokenizer)))
-        model.set_ctc_tokens([x for x in tokens if x.isascii() and x.strip().isalpha()])
+        texts = enumerate(map(model.tokenizer.decode, range(len(model.tokenizer))))
+        model.set_ctc_tokens(i for i, x in texts if x.isascii() and x.strip().isalpha())
         windows = prefetch(stream_windows(stream, args, model, left_out, held_out, place))
-        return windows, val, fingerprint
-    model.set_ctc_tokens([clip["text"] for clip in clips])
+        return windows, val
+    model.set_ctc_tokens(token for clip in clips for token in model.tokenize_answer(clip["text"]))
     clips += no_speech(min(300, round(NO_SPEECH * len(clips))), args.seed)
     size = seconds * model.encoder.frame_rate * model.encoder.dim * 2 / 1e9
-    if size <= args.keep_frames and not args.augment:
+    copies = min(3 if args.augment else 1, int(args.keep_frames / size))
+    if copies:
+        clips = [dict(clip) for clip in clips * copies]
+        rng = np.random.default_rng(args.seed)
         for batch in tqdm(make_batches(clips, args.batch_seconds), "encoding, once", disable=None):
-            for clip, x, length in zip(batch, *load_batch(model, batch)):
+            for clip, x, length in zip(batch, *load_batch(model, batch, args.augment, rng)):
                 clip["frames"] = x[:length].to("cpu", torch.bfloat16, copy=True)
-    windows = ((epoch, None, clips) for epoch in itertools.count(place["number"]))
-    return windows, val, fingerprint
+    return ((epoch, None, clips) for epoch in itertools.count(place["number"])), val
 
 def build_model(args):
     """The model of --resume, of --init-from (flags may not contradict it), or a new one."""
@@ -261,14 +258,14 @@ def plot(out, rows):
     right.legend()
     figure.savefig(out / "plot.png", dpi=80)
 
-def save(args, model, optimizer, rows, step, place, fingerprint):
+def save(args, model, optimizer, rows, step, place):
     """Write what `TinyAudio.from_pretrained` reads, and state.pt for --resume."""
     wers = [row["wer"] for row in rows if "wer" in row][-1:]
     found = [f"{wer:.2%} by {decode}" for last in wers for decode, wer in last.items()]
     model.save_pretrained(args.out, f"{step} steps. WER of validation clips: {', '.join(found)}")
     file = io.BytesIO()
-    torch.save({"args": vars(args), "step": step, "place": place, "fingerprint": fingerprint,
-                "model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    torch.save({"args": vars(args), "step": step, "place": place, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict()}, file)
     write_file(Path(args.out, "state.pt"), file.getvalue())
 
 def schedule(step, steps):
@@ -297,10 +294,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32
     model = build_model(args)
-    windows, val, fingerprint = load_data(args, model, state["place"])
-    if args.resume and state["fingerprint"] != fingerprint:
-        raise InputError(f"{args.dataset} has changed since {out} was saved: begin a new run, with "
-                         f"--init-from {out}")
+    windows, val = load_data(args, model, state["place"])
     steps = prefetch(make_steps(windows, model, args, state["place"]["done"], rank, world))
     bridge = [*model.projector.parameters(), *model.ctc.parameters()]
     parameters = [*bridge, *model.lora.parameters()]
@@ -309,7 +303,7 @@ def main(argv=None):
         model.load_state_dict(state["model"])  # in float32
         optimizer.load_state_dict(state["optimizer"])
     elif rank == 0:  # from here on the run can be resumed
-        save(args, model, optimizer, rows, **state, fingerprint=fingerprint)
+        save(args, model, optimizer, rows, **state)
     dtype = model.embed.weight.dtype
     peak = matmul_flops(model.device, dtype) * world
     print(f"{model.config['encoder']} -> {sum(p.numel() for p in parameters) / 1e6:.2f}M trained "
@@ -348,7 +342,7 @@ def main(argv=None):
         place, batches = next(steps)
         clips = [clip for _, _, batch in batches for clip in batch]
         for clip in clips:
-            clip["answer"] = model.tokenize(clip["text"])
+            clip["answer"] = model.tokenize_answer(clip["text"])
 
         # Forward and backward. Losses are sums over tokens; the gradient is divided at the end
         torch.manual_seed(hash((args.seed, step, rank)))  # --resume drops out the same units
@@ -413,7 +407,7 @@ def main(argv=None):
                       + ", ".join(f"{100 * wer:.1f} % {name}" for name, wer in wers.items())
                       + f"\n    ref: {val[0]['text']}\n    hyp: {text}")
             if rank == 0:
-                save(args, model, optimizer, rows, step, place, fingerprint)
+                save(args, model, optimizer, rows, step, place)
             since = time.perf_counter()
         if counts["stop"]:
             print(f"stopped after step {step}: python train.py --resume {out} goes on")

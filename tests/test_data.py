@@ -26,38 +26,15 @@ def test_formats_come_out_as_mono_16_khz(tmp_path, suffix, rate, channels):
     assert pitch == pytest.approx(440, abs=1)
     assert np.abs(samples).max() == pytest.approx(0.5, abs=0.1)
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Bytes of 4 s of sound that grows louder, so that VBR guesses from a quiet beginning."""
-    wave, found = tone(4) * np.linspace(0, 1, 64_000) ** 4, {}
-    for kind in ("wav", "flac", "ogg", "mp3"):
+def test_what_can_be_read_comes_and_then_what_is_missing_is_said(tmp_path):
+    wave, path = tone(40), tmp_path / "a"
+    for kind, message in (("flac", "not readable"), ("mp3", "ends early, after")):
         file = io.BytesIO()
-        options = {"bitrate_mode": "VARIABLE", "compression_level": 0.1} if kind == "mp3" else {}
-        soundfile.write(file, wave, 16_000, format=kind, **options)
-        found[kind] = file.getvalue()
-    return found
-
-def test_all_sound_is_read_whatever_the_header_says(files):
-    """As of a recorder that was interrupted, a FLAC from a pipe, an MP3 without a table."""
-    wav, flac, mp3 = files["wav"], bytearray(files["flac"]), files["mp3"]
-    size = wav.index(b"data") + 4
-    flac[21] &= 0xF0
-    flac[22:42] = bytes(20)  # neither the number of samples nor their checksum
-    frame = mp3.index(mp3[:2], 2)
-    for data in (wav, wav[:size] + bytes(4) + wav[size + 4:], wav[:size] + b"\xff" * 4 +
-                 wav[size + 4:], bytes(flac), mp3, mp3[frame:], files["ogg"]):
-        sound = load_audio(data)
-        assert len(sound) == pytest.approx(64_000, abs=2500)
-        assert np.abs(sound[-8000:]).max() > 0.2
-
-def test_sound_that_is_missing_or_not_read_is_said_behind_the_rest(files, tmp_path):
-    for kind, data in files.items():
-        faults = {"ends early, after": data[:len(data) // 2], "bytes follow": data + data}
-        for message, broken in faults.items():
-            if (kind, message) in (("ogg", "ends early, after"), ("wav", "bytes follow")):
-                continue  # Ogg states no length, and behind a WAV there may be notes
-            (tmp_path / "a").write_bytes(broken)
-            blocks = read_audio(tmp_path / "a")
+        soundfile.write(file, wave, 16_000, format=kind)
+        data = file.getvalue()
+        for broken, message in ((data[:len(data) // 2], message), (data + data, "bytes follow")):
+            path.write_bytes(broken)
+            blocks = read_audio(path)
             assert len(next(blocks)) > 16_000
             with pytest.raises(InputError, match=f"a: .*{message}"):
                 list(blocks)
@@ -66,19 +43,16 @@ def test_every_way_to_hand_over_a_clip_gives_the_same(tmp_path):
     wave, path = tone(0.5), tmp_path / "a.wav"
     soundfile.write(path, wave, 16_000, subtype="FLOAT")
     data, tensor = path.read_bytes(), torch.from_numpy(wave)
-    for source in (path, str(path), data, bytearray(data), memoryview(data), io.BytesIO(data), wave,
-                   wave[:, None], wave[None], np.stack([wave, wave]), np.stack([wave, wave], 1),
-                   tensor, tensor[None], tensor.clone().requires_grad_(), (wave, 16_000),
-                   {"array": wave, "sampling_rate": 16_000}, {"bytes": data, "path": "x.wav"},
-                   {"bytes": None, "path": str(path)}, np.stack([wave, -wave], 1)):
+    for source in (path, str(path), data, io.BytesIO(data), wave, wave[:, None], wave[None],
+                   np.stack([wave, wave]), np.stack([wave, wave], 1), tensor, tensor[None],
+                   tensor.clone().requires_grad_(), {"array": wave, "sampling_rate": 16_000},
+                   {"bytes": data, "path": "x.wav"}, {"bytes": None, "path": str(path)}):
         np.testing.assert_array_equal(load_audio(source), wave)
     for kind, half, middle in ((np.uint8, 2**7, 2**7), (np.int8, 2**7, 0), (np.int16, 2**15, 0),
-                               (np.int32, 2**31, 0), (np.int64, 2**63, 0), (np.int32, 2**15, 0),
-                               (np.int64, 2**15, 0)):
+                               (np.int32, 2**31, 0)):
         samples = load_audio((wave.astype(float) * half + middle).astype(kind))
         np.testing.assert_allclose(samples, wave, atol=1 / half + 1e-6)
-    assert len(load_audio(wave, sample_rate=8000)) == len(load_audio((wave, 8000))) == 16_000
-    assert load_audio(tensor.bfloat16()).dtype == np.float32
+    assert len(load_audio(wave, sample_rate=8000)) == 16_000
 
 def test_unusable_sound_is_one_line_that_names_the_file(tmp_path):
     (tmp_path / "text.wav").write_text("not audio")
@@ -133,14 +107,14 @@ def test_data_files_of_every_kind_hold_the_same_clips(tmp_path):
     assert len(read_clips(f"{tmp_path}/a.?sv, {tmp_path}/a.jsonl")) == 9
 
 @pytest.mark.parametrize("name, content, texts", [
-    ("a, b.csv", '\ufeffaudio,text\r\n"1,5.wav","yes, 1"\r\n2.wav,\r\n', ["yes, 1", ""]),
+    ("a b.csv", '\ufeffaudio,text\r\n"1,5.wav","yes, 1"\r\n2.wav,\r\n', ["yes, 1", ""]),
     ("a.tsv", 'audio\ttext\n1,5.wav\t"oh" he said\n2.wav\t"two\n', ['"oh" he said', '"two']),
     ("a.csv", 'id,path,sentence\n7,"1,5.wav",A b.\n7,2.wav,C D\n', ["A b.", "c d"]),
     ("validated.tsv", 'client_id\tpath\tsentence\nx\t1,5.wav\tA\ny\t2.wav\tB\n', ["a", "b"]),
-    ("metadata.csv", "File_Name;transcript\n1,5.wav;if a < b and c > d\n2.wav;<b>\n",
+    ("metadata.csv", 'file_name,transcript\n"1,5.wav",if a < b and c > d\n2.wav,<b>\n',
      ["if a < b and c > d", ""]),
     ("[1].jsonl", '{"file_name": "1,5.wav", "transcription": 42}\n'
-                  '{"audio_filepath": "2.wav", "text": NaN}\n', ["42", ""]),
+                  '{"audio_filepath": "2.wav", "text": ""}\n', ["42", ""]),
     ("manifest.json", '{"audio_filepath": "1,5.wav", "text": "a"}\n'
                       '{"audio_filepath": "2.wav", "text": null}\n', ["a", ""])])
 def test_data_files_as_others_leave_them(tmp_path, name, content, texts):
@@ -167,14 +141,14 @@ def test_data_files_that_cannot_be_read(tmp_path, name, content):
     assert "\n" not in str(error.value)
 
 def test_folders_and_names_of_data(tmp_path, monkeypatch):
-    """LibriSpeech's layout, recordings without a text, and names that are no hub ids."""
+    """Recordings without a text, Common Voice's layout, and names that are no hub ids."""
     (tmp_path / "out" / "clips").mkdir(parents=True)
-    for name in ("1-2-0.flac", "1-2-1.FLAC", "b.m4a", "clips/c.aiff"):
+    for name in ("a.FLAC", "b.m4a", "clips/c.aiff"):
         (tmp_path / "out" / name).touch()
-    (tmp_path / "out" / "1-2.trans.txt").write_text("1-2-0 CALL ANNA\n1-2-1 AT SIX\n")
+    (tmp_path / "out" / "a.txt").write_text("AT SIX\n")
     clips = read_clips(str(tmp_path / "out"))
     assert [(Path(clip["audio"]).name, clip["text"]) for clip in clips] == [
-        ("1-2-0.flac", "call anna"), ("1-2-1.FLAC", "at six"), ("b.m4a", ""), ("c.aiff", "")]
+        ("a.FLAC", "at six"), ("b.m4a", ""), ("c.aiff", "")]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out" / "a.tsv").write_text("path\ttext\nc.aiff\tone\n")
     assert read_clips("out/a.tsv")[0]["audio"] == "out/clips/c.aiff"

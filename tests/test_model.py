@@ -21,7 +21,7 @@ def build(toys, decoder="llama", lora=0, few=False):
     """A toy model of full precision. few: its CTC head has three tokens."""
     torch.manual_seed(0)
     model = TinyAudio(toys["whisper"], toys[decoder], lora=lora, device="cpu", dtype=torch.float32)
-    model.set_ctc_tokens(SENTENCES)
+    model.set_ctc_tokens(sum(map(model.tokenize_answer, SENTENCES), []))
     model.ctc.tokens = model.ctc.tokens[[20, 50, 70]] if few else model.ctc.tokens
     model.ctc.blank.data = model.embed.weight[SILENCE].clone()
     return model.eval()
@@ -95,11 +95,11 @@ def test_prompt_is_the_chat_template_around_the_audio(toys):
         "<|im_start|>assistant\n<think>\n\n</think>\n\n")
     model.tokenizer.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "{{ strftime_now('%d %B') }}User: {{ messages[0].content }} Assistant:")
+        "User: {{ messages[0].content }} Assistant:")
     assert model.prompt() == tuple(map(model.tokenize, ("User: Transcribe: ", " Assistant:")))
 
 def answers_of(model):
-    return [model.tokenize(SENTENCES[i % 4]) for i in range(len(WAVES))]
+    return [model.tokenize_answer(SENTENCES[i % 4]) for i in range(len(WAVES))]
 
 @pytest.mark.parametrize("decoder", ["qwen3", "smollm3", "llama"])
 def test_loss_is_that_of_transformers_clip_by_clip(toys, decoder):
@@ -209,11 +209,6 @@ def test_what_is_said_is_found_and_aligned(toys):
         assert model.ctc_greedy(audio, torch.tensor([count])) == [expected]
         # Joint decoding tries what is heard, and not only what the language model expects.
         assert model.joint(audio, torch.tensor([count]), 0.99, choices=2) == [expected]
-    # Behind a pause a token begins a word, and has a space.
-    apart = model.embed_ids([[b, *[SILENCE] * 5, b], [b, *[SILENCE] * 4, b, SILENCE]])
-    one, two = map(model.detokenize, model.ctc_greedy(apart, torch.tensor([7, 7])))
-    word = model.tokenizer.decode([b]).strip()
-    assert one == f"{word} {word}" and two == word + model.tokenizer.decode([b])
     frames, probabilities = model.align(audio[0], [a, b, b, c])
     assert frames.tolist() in ([2, 4, 7, 8], [2, 5, 7, 8]) and (probabilities > 0.9).all()
     assert (model.align(audio[0], [a, c, b])[1] < 0.1).any()  # that is not what was said
