@@ -25,8 +25,8 @@ from transformers import PretrainedConfig, pipeline
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from data import (SAMPLE_RATE, InputError, finished_rows, is_hub_id, load_audio, make_batches,
-                  open_stream, read_clips, stream_clips, write_file)
+from data import (SAMPLE_RATE, InputError, finished_rows, is_hub_id, load_audio, open_stream,
+                  read_clips, stream_clips, write_file)
 from tinyaudio import DECODINGS, TinyAudio, fetch
 
 ASR = "hf-audio/esb-datasets-test-only-sorted"  # the test sets of the Open ASR Leaderboard
@@ -99,22 +99,20 @@ def load_recognizer(name, decode, device):
     return recognizer, (name, "-", "-")
 
 def recognize(clips, recognizer):
-    """Rows (hypothesis, seconds, time, failed) of clips, in their order."""
-    rows, good = [], []
+    """Rows (hypothesis, seconds, time, failed) of clips."""
+    rows, waves = [], []
     for clip in clips:
         rows.append({"hypothesis": "", "seconds": 0.0, "time": 0.0, "failed": None})
         try:
-            wave = load_audio(clip["audio"])
-            rows[-1] |= {"wave": wave, "seconds": len(wave) / SAMPLE_RATE}
-            good.append(rows[-1])
+            waves.append(load_audio(clip["audio"]))
+            rows[-1]["seconds"] = len(waves[-1]) / SAMPLE_RATE
         except InputError as error:
             rows[-1]["failed"] = str(error)
-    for batch in make_batches(good, 120):
-        start = time.perf_counter()
-        texts = recognizer([row.pop("wave") for row in batch])
-        rate = (time.perf_counter() - start) / sum(row["seconds"] for row in batch)
-        for row, text in zip(batch, texts):  # each clip has its share of the batch's time
-            row.update(hypothesis=text, time=rate * row["seconds"])
+    start = time.perf_counter()
+    texts = recognizer(waves)
+    rate = (time.perf_counter() - start) / (sum(row["seconds"] for row in rows) or 1)
+    for row, text in zip((row for row in rows if not row["failed"]), texts):
+        row.update(hypothesis=text, time=rate * row["seconds"])  # its share of the time
     return rows
 
 def compare(first, second):
@@ -124,11 +122,9 @@ def compare(first, second):
     if not pairs or any(x["normalizer"] != y["normalizer"] for x, y in pairs):
         raise InputError(f"{first} and {second} have no clips in common, or other --normalizer")
     a, b = zip(*pairs)
-    def difference(pairs):
-        return wer([b for _, b in pairs]) - wer([a for a, _ in pairs])
-    low, high = interval(pairs, difference)
+    low, high = interval(pairs, lambda draw: wer([b for _, b in draw]) - wer([a for a, _ in draw]))
     print(f"A {first}, WER {wer(a):.2%}\nB {second}, WER {wer(b):.2%}\n{len(pairs)} clips in both: "
-          f"B - A {difference(pairs):+.2%} (95 % {low:+.2%} to {high:+.2%})")
+          f"B - A {wer(b) - wer(a):+.2%} (95 % {low:+.2%} to {high:+.2%})")
 
 def score_clips(args, clips, out):
     """Recognise and score the clips; print and write a row of each. Returns the rows, and what
