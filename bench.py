@@ -1,27 +1,27 @@
 """How fast, and what a run costs.
 
-    python bench.py                                               measures the bundled model here
+    python bench.py                                               the bundled model, here
+    python bench.py --random --encoder hubert --decoder qwen3-8b  this pair, with random weights
     python bench.py --plan --encoder hubert --decoder qwen3-8b    memory, hours, dollars of a run
 
-Median of three timed runs after one warm-up, in seconds of sound per second.
+The fastest of four runs, in seconds of sound per second.
 """
-import itertools
-import statistics
 import sys
-import timeit
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from functools import partial
 from pathlib import Path
+from timeit import repeat
 
 import numpy as np
 import torch
 import transformers as hf
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+import tinyaudio
 from data import SAMPLE_RATE, InputError, load_audio, make_batches, read_clips
-from tinyaudio import Projector, TinyAudio, fetch, locate
+from tinyaudio import Encoder, Projector, TinyAudio, fetch, locate
 
 ASSETS = Path(__file__).parent / "assets"
 SMALL = dict(num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
@@ -43,21 +43,16 @@ GPUS = {  # memory in GB, dense bf16 TFLOP/s of the data sheet, usual rent in US
     "A100": (80, 312, 1.60),
     "H100": (80, 989, 2.80),
 }
-PLANNED_MFU = 0.35
+TRAINING = "phase 1", "phase 2, --compile", "phase 2", "phase 2, naive"
 
 def parameters(module):
     return sum(p.numel() for p in module.parameters())
-
-def median_time(run):
-    """Seconds that `run` takes, which must wait for the device, and what it returns."""
-    result = run()  # compiles what it needs
-    return statistics.median(timeit.repeat(run, number=1, repeat=3)), result
 
 def matmul_flops(device, dtype):
     """FLOP/s of a plain matrix product, against which MFU is counted."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    return 2 * size**3 / median_time(lambda: (a @ b)[0, 0].item())[0]
+    return 2 * size**3 / min(repeat(lambda: (a @ b)[0, 0].item(), number=1, repeat=4))
 
 def model_flops(model, clips, ctc_weight, lm_weight):
     """FLOPs of a step: per position 2 for a frozen weight, 2 more where gradients pass through
@@ -83,54 +78,66 @@ def peak_memory(device):
     lines = status.read_text().splitlines() if status.exists() else []
     return sum(int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmHWM"))
 
-def plan(args):
-    """Print what training takes. The backbones are fake tensors: no weights are loaded."""
-    heard, config = [CONFIGS.get(name) or fetch(hf.AutoConfig.from_pretrained, locate(name))
+def random_pair(args, device):
+    """Encoder and decoder in bfloat16 with random weights, made on the device."""
+    heard, spoken = [CONFIGS.get(name) or fetch(hf.AutoConfig.from_pretrained, locate(name))
                      for name in (args.encoder, args.decoder)]
-    rate, saved = 10 + 3.3 + 3, {}  # positions per second: frames, tokens, prompt of 10 s clips
-
-    def keep(x):
-        saved[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-        return x
-    with FakeTensorMode():
+    with torch.device(device):
         whisper = heard.model_type == "whisper"
         encoder = WhisperEncoder(heard) if whisper else hf.AutoModel.from_config(heard)
-        decoder = hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        decoder.requires_grad_(False)
-        projector = Projector(heard.hidden_size, config.hidden_size)
-        x = torch.randn(1, round(args.batch_seconds * rate), config.hidden_size).bfloat16()
-        with saved_tensors_hooks(keep, lambda x: x):
-            decoder.base_model(inputs_embeds=x.requires_grad_(), use_cache=False)
-        for weight in decoder.parameters():  # they are there anyway
-            saved.pop(weight.untyped_storage()._cdata, None)
+        decoder = hf.AutoModelForCausalLM.from_config(spoken, dtype=torch.bfloat16)
+    return encoder.bfloat16().eval(), decoder.requires_grad_(False).eval()
+
+def plan(args):
+    """Print what training takes. The backbones are on the meta device: they have no weights."""
+    encoder, decoder = random_pair(args, "meta")
+    projector = Projector(encoder.config.hidden_size, decoder.config.hidden_size)
     n_encoder, n_projector, n_decoder = map(parameters, (encoder, projector, decoder))
-    logits = 10 * 3.3 * args.batch_seconds * config.vocab_size  # bf16, float32 and gradient
+    seconds, rate = args.batch_seconds[0], 10 + 3.3 + 3  # positions: frames, tokens, prompt
+    widths = [getattr(layer, "out_features", 0) for layer in decoder.base_model.modules()]
+    # An output of a linear layer leaves about 4.2 bytes, a logit 10.
+    activations = seconds * (rate * 4.23 * sum(widths) + 3.3 * 10 * decoder.config.vocab_size)
     memory = {"frozen weights": 2 * (n_encoder + n_decoder),
-              "projector and AdamW": 16 * n_projector,
-              "activations": sum(saved.values()) + logits, "CUDA": 2e9}
+              "projector and AdamW": 16 * n_projector, "activations": activations, "CUDA": 2e9}
     total, parts = sum(memory.values()), [f"{name} {x / 1e9:.1f}" for name, x in memory.items()]
     flops = 2 * 50 * n_encoder + rate * (6 * n_projector + 4 * n_decoder)
     print(f"{args.encoder} {n_encoder / 1e6:.0f}M -> projector {n_projector / 1e6:.2f}M (hidden "
           f"{projector.hidden}) -> {args.decoder} {n_decoder / 1e6:.0f}M: "
           f"{n_projector / (n_encoder + n_projector + n_decoder):.2%} is trained\n"
-          f"{total / 1e9:.1f} GB at --batch-seconds {args.batch_seconds:g}: {', '.join(parts)}\n"
-          f"{flops / 1e9:.0f} GFLOP per second of sound in phase 2; {args.hours:g} h of sound at "
-          f"{PLANNED_MFU:.0%} MFU, calculated:\n\n| GPU | x real time | hours | USD | fits |\n"
-          "|---|---|---|---|---|")
+          f"{total / 1e9:.1f} GB at --batch-seconds {seconds:g}: {', '.join(parts)}\n"
+          f"{flops / 1e9:.0f} GFLOP per second of sound in phase 2; 2000 h of sound at 35% MFU, "
+          "calculated:\n\n| GPU | x real time | hours | USD | fits |\n|---|---|---|---|---|")
     for name, (gb, teraflops, price) in GPUS.items():
-        speed = teraflops * 1e12 * PLANNED_MFU / flops
-        hours, fits = args.hours / speed, "yes" if total / 1e9 < gb else "no"
+        speed = 0.35 * teraflops * 1e12 / flops
+        hours, fits = 2000 / speed, "yes" if total / 1e9 < gb else "no"
         print(f"| {name}, {gb} GB | {speed:.0f} | {hours:.1f} | {hours * price:.2f} | {fits} |")
 
+def load_model(args):
+    """The checkpoint --model; with --random an untrained pair."""
+    if not args.random:
+        return TinyAudio.from_pretrained(args.model, args.device)
+    device = args.device or torch.accelerator.current_accelerator() or "cpu"
+    encoder, decoder = random_pair(args, device)
+    tokenizer = hf.AutoTokenizer.from_pretrained(locate("smollm2-135m"))
+    extractor = hf.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    if encoder.config.model_type == "whisper":
+        extractor = hf.WhisperFeatureExtractor(encoder.config.num_mel_bins)
+    tinyaudio.load_encoder = lambda *_: Encoder(encoder, extractor)
+    tinyaudio.load_decoder = lambda *_: (decoder, tokenizer)
+    model = TinyAudio(args.encoder, args.decoder).eval()
+    model.ctc.tokens = torch.arange(len(tokenizer), device=device)
+    model.token_limits = lambda counts, *_: [n // 3 for n in counts.tolist()]  # else endless
+    return model
+
 def make_clips(model, count):
-    """Clips of one to four commands: dicts wave, seconds, answer, frames (T, D)."""
+    """Clips of two to five commands: dicts wave (samples,), seconds, answer, frames (T, D)."""
     commands, clips = read_clips(str(ASSETS / "quickstart" / "test.jsonl")), []
     for i in range(count):
-        said = commands[i % 80:i % 80 + 1 + i % 4]
+        said = commands[i % 80:i % 80 + 2 + i % 4]
         wave = np.concatenate([load_audio(command["audio"]) for command in said])
-        clips.append({"wave": wave, "seconds": len(wave) / SAMPLE_RATE,
-                      "frames": model.encoder([wave])[0][0],
-                      "answer": model.tokenize_answer(" ".join(command["text"] for command in said))})
+        answer = model.tokenize_answer(" ".join(command["text"] for command in said))
+        clips.append({"wave": wave, "seconds": len(wave) / SAMPLE_RATE, "answer": answer,
+                      "frames": model.encoder([wave])[0][0]})
     return clips
 
 def naive_loss(model, frames, lengths, answers):
@@ -140,69 +147,88 @@ def naive_loss(model, frames, lengths, answers):
     x = pad_sequence([torch.cat([x, model.embed_ids(y)]) for x, y in zip(prompts, ids)], True)
     labels = [torch.tensor([-100] * len(prompt) + y) for prompt, y in zip(prompts, ids)]
     labels = pad_sequence(labels, True, padding_value=-100).to(model.device)
-    return model.decoder(inputs_embeds=x, labels=labels, num_items_in_batch=1).loss
+    return model.decoder(inputs_embeds=x, labels=labels, num_items_in_batch=1, use_cache=False).loss
 
-def train_epoch(model, batches, phase, naive=False):
-    """Forward and backward over the batches, without a step. Returns the loss per token.
-    naive: frames are not kept, and every clip is padded to 30 s."""
-    total, dtype = 0.0, model.embed.weight.dtype
-    for clips in batches:
-        answers, frames = ([clip[key] for clip in clips] for key in ("answer", "frames"))
-        lengths = torch.tensor(list(map(len, frames)), device=model.device)
-        inputs = pad_sequence(frames, True), lengths, answers
-        if naive:
-            waves = [np.pad(c["wave"], (0, 30 * SAMPLE_RATE - len(c["wave"]))) for c in clips]
-            inputs = *model.encoder(waves), answers
-        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            if naive:
-                loss = naive_loss(model, *inputs)
-            else:
-                loss, _ = model.loss(*inputs, ctc_weight=phase == 1, lm_weight=phase == 2)
-        loss.backward()
-        model.zero_grad()
-        total += loss.item()
-    return total / sum(len(clip["answer"]) + 1 for clips in batches for clip in clips)
+def train(model, clips, name):
+    """Forward and backward of B clips. Returns the loss, summed over tokens."""
+    dtype, naive = model.embed.weight.dtype, "naive" in name
+    frames, answers = ([clip[key] for clip in clips] for key in ("frames", "answer"))
+    lengths = torch.tensor(list(map(len, frames)), device=model.device)
+    inputs = pad_sequence(frames, True), lengths, answers
+    if naive:  # 30 s of padding, frames not kept
+        waves = [np.pad(c["wave"], (0, 30 * SAMPLE_RATE - len(c["wave"]))) for c in clips]
+        inputs = *model.encoder(waves), answers
+    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+        weights = "phase 1" in name, "phase 2" in name
+        loss = naive_loss(model, *inputs) if naive else model.loss(*inputs, *weights)[0]
+    loss.backward()
+    model.zero_grad()
+    return loss.item()
+
+def decode(model, clips, name):
+    """Encode B clips and decode them as `name` says; greedy is `generate` of transformers."""
+    audio, counts = model.encode([clip["wave"] for clip in clips])
+    if name != "encoder":
+        model.decode(audio, counts, name)
+    return counts.sum().item()  # waits for the device
 
 def measure(args):
-    """Print a table of training and decoding speeds."""
-    decoding = TinyAudio.from_pretrained(args.model, args.device)
-    model = TinyAudio.from_pretrained(args.model, args.device, merge=False).train()
-    if model.device.type == "cpu":
-        model.decoder.set_attn_implementation("eager")  # as train.py does
-    dtype, speeds, clips = model.embed.weight.dtype, {}, make_clips(model, args.clips)
-    seconds, peak = [clip["seconds"] for clip in clips], matmul_flops(model.device, dtype)
-    print(f"{len(clips)} clips, {sum(seconds):.0f} s, {dtype}, {model.device}, {peak / 1e12:.3f} "
-          "TFLOP/s\n\n| | x real time | loss | MFU |\n|---|---|---|---|")
-    for layer in model.decoder.base_model.layers:
-        layer.compile(dynamic=True)
-    buckets = make_batches(clips, 30)
-    mixed = [clips[i::len(buckets)] for i in range(len(buckets))]
-    for name, phase, batches in [("phase 1", 1, buckets), ("phase 2, --compile", 2, buckets),
-                                 ("phase 2", 2, buckets), ("phase 2, naive", 2, mixed)]:
+    """Print a table of decoding and training speeds."""
+    model, speeds = load_model(args), {}
+    cuda, dtype = model.device.type == "cuda", model.embed.weight.dtype
+    gpu = torch.cuda.get_device_name() if cuda else "CPU"
+    peaks = [matmul_flops(model.device, dtype)]
+    peaks += [1e12 * teraflops for name, (_, teraflops, _) in GPUS.items() if name in gpu]
+    clips = sorted(make_clips(model, args.clips), key=lambda clip: -clip["seconds"])
+    print(f"{len(clips)} clips, {dtype}, {gpu}, {', '.join(f'{x / 1e12:.3f}' for x in peaks)} "
+          "TFLOP/s\n\n| | x real time | loss | MFU | GB |\n|---|---|---|---|---|")
+
+    def show(run, name, size, batches):
+        """Time run(model, clips, name) of all batches and print the row."""
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        losses, clips, loss, mfu = [], sum(batches, []), "", ""
         with torch.compiler.set_stance("default" if "--compile" in name else "force_eager"):
-            elapsed, loss = median_time(lambda: train_epoch(model, batches, phase, "naive" in name))
-        mfu = model_flops(model, clips, phase == 1, phase == 2) / elapsed / peak
-        speeds[name] = sum(seconds) / elapsed
-        print(f"| {name} | {speeds[name]:.1f} | {loss:.3f} | {mfu:.0%} |", flush=True)
-    waves = sorted((clip["wave"] for clip in clips), key=len)
-    for size, how in itertools.product(args.batch, ("greedy", "joint")):
-        batches = [waves[i:i + size] for i in range(0, len(waves), size)]
-        elapsed, _ = median_time(lambda: [decoding.decode(*decoding.encode(batch), how)
-                                          for batch in batches])
-        print(f"| {how}, batch {size} | {sum(seconds) / elapsed:.1f} | | |", flush=True)
+            elapsed = min(repeat(lambda: losses.append(sum(run(model, x, name) for x in batches)),
+                                 number=1, repeat=4))
+        speed = sum(clip["seconds"] for clip in clips) / elapsed
+        if run == train:
+            flops = model_flops(model, clips, "phase 1" in name, "phase 2" in name) / elapsed
+            mfu = ", ".join(f"{flops / peak:.0%}" for peak in peaks)
+            loss = f"{losses[0] / sum(len(clip['answer']) + 1 for clip in clips):.3f}"
+        memory = peak_memory(model.device)
+        print(f"| {name}, {size} | {speed:.1f} | {loss} | {mfu} | {memory:.1f} |", flush=True)
+        speeds.setdefault(name, speed)
+
+    for size in args.batch:
+        some = clips[::max(1, len(clips) // max(size, 4))]  # of all lengths
+        batches = [some[i:i + size] for i in range(0, len(some), size)]
+        for how in ("encoder", "greedy", "joint"):
+            show(decode, how, f"batch {size}", batches)
+    if not cuda:
+        model.decoder.set_attn_implementation("eager")  # as train.py does
+    for layer in model.decoder.base_model.layers:
+        if args.checkpointing:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.compile(dynamic=True)
+    for size in args.batch_seconds:
+        for name in TRAINING:
+            if "naive" not in name or size == args.batch_seconds[0]:
+                show(train, name, f"{size:g} s", make_batches(clips, size))
     print(f"\nphase 2: {speeds['phase 2, --compile'] / speeds['phase 2, naive']:.1f}x naive")
 
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default=str(ASSETS / "default"), help="folder of a checkpoint")
-    add("--clips", type=int, default=32, help="to train on and to decode")
-    add("--batch", type=int, nargs="+", default=[1, 4, 16], help="clips decoded at once")
-    add("--plan", action="store_true", help="calculate a run, with the flags below")
+    add("--plan", action="store_true", help="calculate 2000 h of training")
+    add("--random", action="store_true", help="measure the pair")
     add("--encoder", default="hubert")
     add("--decoder", default="qwen3-8b")
-    add("--hours", type=float, default=2000, help="of sound")
-    add("--batch-seconds", type=float, default=120)
+    add("--clips", type=int, default=32)
+    add("--batch", type=int, nargs="+", default=[1, 8, 32], help="clips decoded at once")
+    add("--batch-seconds", type=float, nargs="+", default=[120])
+    add("--checkpointing", action="store_true")
     add("--device", help="cuda, mps or cpu; default: the best that is here")
     args = parser.parse_args(argv)
     return plan(args) if args.plan else measure(args)

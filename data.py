@@ -1,4 +1,11 @@
-"""Sound and text in: waveforms, rows of data files and of the Hub, batches, augmentation."""
+"""Sound and text in: waveforms, rows of data files and of the Hub, batches, augmentation.
+
+    from data import load_audio, read_clips
+    wave = load_audio("file.mp3")       # float32 (samples,), mono, 16 kHz
+    clips = read_clips("mine.jsonl")    # dicts name, audio, text
+
+It knows nothing of models.
+"""
 import csv
 import glob
 import hashlib

@@ -1,5 +1,7 @@
 """A web page: record or upload sound, see its text come, then when each word was said.
 
+    pip install gradio matplotlib && python demo.py
+
 It loads nothing from other hosts, and deletes uploads a minute after reading them.
 """
 import argparse

@@ -473,7 +473,8 @@ class TinyAudio(nn.Module):
             config = json.loads((folder / "config.json").read_text())
             if sorted(config) != ["decode", "decoder", "encoder", "hidden", "lora", "stack"]:
                 raise ValueError(f"config.json has the keys {', '.join(config)}")
-            tensors = safetensors.torch.load_file(folder / "model.safetensors")
+            files = sorted(folder.glob("*.safetensors"))  # two, in earlier versions
+            tensors = {k: x for file in files for k, x in safetensors.torch.load_file(file).items()}
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise InputError(f"{name} is no checkpoint: {first_line(error)}") from None
         model = cls(**config, device=device, dtype=dtype)
