@@ -43,7 +43,6 @@ GPUS = {  # memory in GB, dense bf16 TFLOP/s of the data sheet, usual rent in US
     "A100": (80, 312, 1.60),
     "H100": (80, 989, 2.80),
 }
-TRAINING = "phase 1", "phase 2, --compile", "phase 2", "phase 2, naive"
 
 def parameters(module):
     return sum(p.numel() for p in module.parameters())
@@ -76,7 +75,7 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    return sum(int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmHWM"))
+    return sum(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM"))
 
 def random_pair(args, device):
     """Encoder and decoder in bfloat16 with random weights, made on the device."""
@@ -93,14 +92,16 @@ def plan(args):
     encoder, decoder = random_pair(args, "meta")
     projector = Projector(encoder.config.hidden_size, decoder.config.hidden_size)
     n_encoder, n_projector, n_decoder = map(parameters, (encoder, projector, decoder))
-    seconds, rate = args.batch_seconds[0], 10 + 3.3 + 3  # positions: frames, tokens, prompt
+    seconds, rate = args.batch_seconds[0], 10 + 3.3 + 3  # per second: frames, tokens, prompt
     widths = [getattr(layer, "out_features", 0) for layer in decoder.base_model.modules()]
     # An output of a linear layer leaves about 4.2 bytes, a logit 10.
     activations = seconds * (rate * 4.23 * sum(widths) + 3.3 * 10 * decoder.config.vocab_size)
     memory = {"frozen weights": 2 * (n_encoder + n_decoder),
               "projector and AdamW": 16 * n_projector, "activations": activations, "CUDA": 2e9}
     total, parts = sum(memory.values()), [f"{name} {x / 1e9:.1f}" for name, x in memory.items()]
-    flops = 2 * 50 * n_encoder + rate * (6 * n_projector + 4 * n_decoder)
+    vocabulary = decoder.get_input_embeddings().weight.numel()
+    body = parameters(decoder.base_model) - vocabulary
+    flops = 2 * 50 * n_encoder + 6 * 10 * n_projector + 4 * (rate * body + 3.3 * vocabulary)
     print(f"{args.encoder} {n_encoder / 1e6:.0f}M -> projector {n_projector / 1e6:.2f}M (hidden "
           f"{projector.hidden}) -> {args.decoder} {n_decoder / 1e6:.0f}M: "
           f"{n_projector / (n_encoder + n_projector + n_decoder):.2%} is trained\n"
@@ -150,7 +151,7 @@ def naive_loss(model, frames, lengths, answers):
     return model.decoder(inputs_embeds=x, labels=labels, num_items_in_batch=1, use_cache=False).loss
 
 def train(model, clips, name):
-    """Forward and backward of B clips. Returns the loss, summed over tokens."""
+    """Forward and backward of B clips, phase 2 without CTC. Returns the loss, a sum over tokens."""
     dtype, naive = model.embed.weight.dtype, "naive" in name
     frames, answers = ([clip[key] for clip in clips] for key in ("frames", "answer"))
     lengths = torch.tensor(list(map(len, frames)), device=model.device)
@@ -187,15 +188,15 @@ def measure(args):
         """Time run(model, clips, name) of all batches and print the row."""
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        losses, clips, loss, mfu = [], sum(batches, []), "", ""
+        losses, heard, loss, mfu = [], sum(batches, []), "", ""
         with torch.compiler.set_stance("default" if "--compile" in name else "force_eager"):
             elapsed = min(repeat(lambda: losses.append(sum(run(model, x, name) for x in batches)),
                                  number=1, repeat=4))
-        speed = sum(clip["seconds"] for clip in clips) / elapsed
+        speed = sum(clip["seconds"] for clip in heard) / elapsed
         if run == train:
-            flops = model_flops(model, clips, "phase 1" in name, "phase 2" in name) / elapsed
+            flops = model_flops(model, heard, "phase 1" in name, "phase 2" in name) / elapsed
             mfu = ", ".join(f"{flops / peak:.0%}" for peak in peaks)
-            loss = f"{losses[0] / sum(len(clip['answer']) + 1 for clip in clips):.3f}"
+            loss = f"{losses[0] / sum(len(clip['answer']) + 1 for clip in heard):.3f}"
         memory = peak_memory(model.device)
         print(f"| {name}, {size} | {speed:.1f} | {loss} | {mfu} | {memory:.1f} |", flush=True)
         speeds.setdefault(name, speed)
@@ -212,7 +213,7 @@ def measure(args):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         layer.compile(dynamic=True)
     for size in args.batch_seconds:
-        for name in TRAINING:
+        for name in "phase 1", "phase 2, --compile", "phase 2", "phase 2, naive":
             if "naive" not in name or size == args.batch_seconds[0]:
                 show(train, name, f"{size:g} s", make_batches(clips, size))
     print(f"\nphase 2: {speeds['phase 2, --compile'] / speeds['phase 2, naive']:.1f}x naive")

@@ -35,16 +35,16 @@ def load_audio(source, sample_rate=SAMPLE_RATE):
     return np.concatenate(list(read_audio(source, sample_rate)))
 
 def read_audio(source, sample_rate=SAMPLE_RATE):
-    """Yields sound of any length as float32 arrays (samples,), mono, 16 kHz, of about 10 s.
-    source is a path, bytes or file object of what libsndfile reads; an array or tensor
-    (samples,), (samples, channels) or (channels, samples), float in [-1, 1] or integer, of
-    sample_rate in Hz; or the audio of a row of Hugging Face datasets. Raises InputError, behind
-    the last sample if a part of a file is missing."""
+    """Yields float32 arrays (samples,), mono, 16 kHz: of a file 10 s at a time, an array at once.
+    source is a path, bytes or file object of what libsndfile reads; an array or tensor (samples,),
+    (samples, channels) or (channels, samples), float in [-1, 1] or integer, of sample_rate in Hz;
+    or a dict of bytes or path (Hugging Face, undecoded), or of array and sampling_rate. Raises
+    InputError, behind the last sample if a part of a file is missing."""
     name = source if isinstance(source, (str, Path)) else "audio input"
     resampler = None
     try:
         for block, rate in read_blocks(source, sample_rate):
-            if not np.abs(block).max() < 16:
+            if not np.abs(block).max() < 16:  # loud is fine, int16 kept as float is not
                 raise ValueError("samples are not numbers from -1 to 1")
             mono = block.mean(axis=1)
             if rate != SAMPLE_RATE:
@@ -60,7 +60,7 @@ def read_audio(source, sample_rate=SAMPLE_RATE):
         raise InputError(f"{name}: {first_line(error)}") from None
 
 def read_blocks(source, sample_rate):
-    """Yields (float32 array (samples, channels), its rate in Hz), about 10 s at a time."""
+    """Yields (float32 array (samples, channels), its rate in Hz)."""
     if isinstance(source, dict):  # of Hugging Face datasets
         sample_rate = source.get("sampling_rate", sample_rate)
         source = source.get("array", source.get("bytes") or source.get("path"))
@@ -94,8 +94,8 @@ def as_samples(array):
     if hasattr(array, "detach"):
         array = array.detach().cpu().numpy()
     samples = np.asarray(array)
-    kinds = samples.dtype.kind in "fi" or samples.dtype == np.uint8
-    if samples.ndim not in (1, 2) or not samples.size or not kinds:
+    numeric = samples.dtype.kind in "fi" or samples.dtype == np.uint8
+    if samples.ndim not in (1, 2) or not samples.size or not numeric:
         raise ValueError(f"{samples.dtype} of shape {samples.shape} is not one clip of sound")
     samples = np.atleast_2d(samples)
     samples = samples.T if samples.shape[0] < samples.shape[1] else samples
@@ -106,7 +106,7 @@ def as_samples(array):
 
 def split_audio(blocks):
     """Cut a stream of arrays into pieces of 15 to 28 s, in the middle of the quietest 0.1 s.
-    Yields the start of each piece in seconds, and its samples."""
+    Yields the start of each piece in seconds, and its samples. The last is what is left."""
     rest, start = np.zeros(0, np.float32), 0
     first, last, window = 15 * SAMPLE_RATE, 28 * SAMPLE_RATE, SAMPLE_RATE // 10
     for block in blocks:
@@ -120,7 +120,7 @@ def split_audio(blocks):
         yield start / SAMPLE_RATE, rest
 
 def clean_text(text):
-    """Text to train on: tags become punctuation or go, ALL CAPS, even one acronym, lower case."""
+    """Reference text: tags become punctuation or go, ALL CAPS, even one acronym, lower case."""
     text = re.sub(rf" ?<({'|'.join(MARKS)})>", lambda tag: MARKS[tag[1]], text)  # of GigaSpeech
     text = re.sub(r"<[\w|/-]+>|\[[\w -]+\]", " ", text)  # <inaudible>, [background noise]
     text = " ".join(text.split())
@@ -193,7 +193,7 @@ def to_clip(row, name, folder=""):
     return {"name": name, "audio": audio, "text": text}
 
 def is_hub_id(name):
-    """Whether a name is owner/name:config:split, and not that of a file, here or missing."""
+    """Whether a name is owner/name[:config[:split]] of the Hub, and not that of a file."""
     suffixes = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
     is_file = Path(name).parent.is_dir() or name.endswith(suffixes)
     return not is_file and bool(re.fullmatch(r"[\w-]+/[\w.-]+(:[\w.-]*){0,2}", name))
@@ -219,7 +219,7 @@ def stream_clips(rows, hub_id):
 
 def make_batches(clips, batch_seconds, rng=None):
     """Lists of clips (dicts with `seconds`) of similar length; longest times clips <=
-    `batch_seconds`. rng is a numpy Generator that shuffles, or None for longest first."""
+    `batch_seconds`, or one clip. rng is a numpy Generator that shuffles; None: longest first."""
     jitter = rng.uniform(0.9, 1.1, len(clips)) if rng else np.ones(len(clips))
     order = np.argsort([-clip["seconds"] * x for clip, x in zip(clips, jitter)], kind="stable")
     batches, longest = [], 0

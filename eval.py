@@ -118,7 +118,7 @@ def recognize(clips, recognizer):
 def compare(first, second):
     """Print the paired difference in WER of two results.jsonl over the clips that both have."""
     a, b = ({row["name"]: row for row in finished_rows(file)} for file in (first, second))
-    pairs = [(a[name], b[name]) for name in a.keys() & b.keys()]
+    pairs = [(a[name], b[name]) for name in a if name in b]
     if not pairs or any(x["normalizer"] != y["normalizer"] for x, y in pairs):
         raise InputError(f"{first} and {second} have no clips in common, or other --normalizer")
     a, b = zip(*pairs)

@@ -140,6 +140,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.task.count("<audio>") != 1:
         parser.error('--task must say once where the sound goes, as in "Summarise: <audio>"')
+    if args.task != TRANSCRIBE and args.format != "text":
+        parser.error("--task gives text only: its words have no times in the sound")
     names = args.files or [str(ASSETS / "quickstart" / "clips" / "test_0002.ogg")]
     if args.trace:
         return trace(TinyAudio.from_pretrained(args.model, args.device), names[0], args.decode)

@@ -157,8 +157,8 @@ class Projector(nn.Module):
 
     def __init__(self, encoder_dim, decoder_dim, rms=1.0, stack=5, hidden=None):
         super().__init__()
-        limit = min(2 * encoder_dim, 13_000_000 // (stack * encoder_dim + decoder_dim))
-        self.stack, self.hidden = stack, hidden or limit // 16 * 16
+        widest = min(2 * encoder_dim, 13_000_000 // (stack * encoder_dim + decoder_dim))
+        self.stack, self.hidden = stack, hidden or widest // 16 * 16
         self.norm_in = nn.RMSNorm(stack * encoder_dim, eps=1e-6)
         self.linear_in = nn.Linear(stack * encoder_dim, self.hidden, bias=False)
         self.linear_out = nn.Linear(self.hidden, decoder_dim, bias=False)
@@ -180,8 +180,8 @@ class Projector(nn.Module):
         return self.norm_out(x.float()), (lengths + self.stack - 1) // self.stack
 
 class CTCHead(nn.Module):
-    """Spell with the decoder's own words: the logits of a frame are its dot products with the
-    decoder's input embeddings and with one learned blank (CTC: Graves et al. 2006).
+    """Spell with the decoder's own words: logits are temperature * dot products of a frame with the
+    decoder's input embeddings and with one learned blank, plus its bias (CTC: Graves et al. 2006).
     Class 0 is the blank, class i the token tokens[i - 1] of the decoder."""
 
     def __init__(self, decoder_dim, rms=1.0):
@@ -294,7 +294,7 @@ class TinyAudio(nn.Module):
         return ctc_weight * ctc + lm_weight * lm, {"ctc": ctc.detach(), "lm": lm.detach()}
 
     def ctc_loss(self, audio, counts, answers):
-        """CTC loss. An answer with more tokens than frames counts as zero."""
+        """CTC loss of the tokens that CTC knows. An answer with more than frames counts as zero."""
         log_probs = self.ctc(audio, self.embed.weight).log_softmax(-1).transpose(0, 1)
         classes = {token: i for i, token in enumerate(self.ctc.tokens.tolist(), 1)}
         answers = [[classes[token] for token in answer if token in classes] for answer in answers]
@@ -328,10 +328,10 @@ class TinyAudio(nn.Module):
 
     def set_ctc_tokens(self, tokens):
         """CTC may use these token ids too, and single characters."""
-        letters = string.ascii_letters + string.digits + "'.,?!-"
-        letters = [ids for x in letters for ids in (self.tokenize(x), self.tokenize(f" {x}"))]
-        tokens = sorted(set(self.ctc.tokens.tolist()).union(tokens, *letters))
-        self.ctc.tokens = torch.tensor(tokens, dtype=torch.int32, device=self.device)
+        tokens = {*self.ctc.tokens.tolist(), *tokens}
+        for letter in string.ascii_letters + string.digits + "'.,?!-":
+            tokens.update(self.tokenize(letter), self.tokenize(f" {letter}"))
+        self.ctc.tokens = torch.tensor(sorted(tokens), dtype=torch.int32, device=self.device)
 
     @torch.no_grad()
     def ctc_greedy(self, audio, counts):
@@ -393,11 +393,10 @@ class TinyAudio(nn.Module):
             ctc, longer = ctc_prefix_extend(log_probs, clips, state, last, classes)
             lm = lm[:, None] + next_lm.gather(1, top).cpu().numpy()
             scores = (1 - weight) * lm + weight * ctc  # (R, choices)
-            order = np.flatnonzero(scores > best[clips, None])  # a score can only fall
-            order = order[scores.flat[order].argsort()[::-1]]
-            owner = clips[order // scores.shape[1]]
-            kept = [order[owner == clip][:beams] for clip in range(len(audio))]
-            rows, columns = np.unravel_index(np.concatenate(kept), scores.shape)
+            rows, columns = np.nonzero(scores > best[clips, None])  # a score can only fall
+            order = scores[rows, columns].argsort()[::-1]
+            kept = [order[clips[rows[order]] == clip][:beams] for clip in range(len(audio))]
+            rows, columns = rows[np.concatenate(kept)], columns[np.concatenate(kept)]
             clips, lm, last = clips[rows], lm[rows, columns], classes[rows, columns]
             state = longer[rows, :, :, columns]
             tokens = self.ctc.tokens[last - 1].tolist()
@@ -407,8 +406,8 @@ class TinyAudio(nn.Module):
         return answers
 
     def decode(self, audio, counts, decode=None, task=TRANSCRIBE):
-        """Answers by one of DECODINGS; the default is the one that was best in training.
-        Where CTC hears nothing, the answer is empty. One that never ends gives way to CTC's."""
+        """Answers by one of DECODINGS (default: the best in training), of other tasks by greedy.
+        Where CTC hears nothing: empty. One that reaches its limit gives way to CTC's."""
         decode = decode or self.config["decode"]
         if decode not in DECODINGS:
             raise InputError(f"decode={decode!r} is none of {', '.join(DECODINGS)}")
@@ -436,9 +435,8 @@ class TinyAudio(nn.Module):
             answers = self.decode(*self.encode([piece["wave"] for piece in batch]), decode, task)
             for piece, answer in zip(batch, answers):
                 piece["text"] = self.detokenize(answer)
-        texts = [""] * len(clips)
-        for piece in pieces:
-            texts[piece["clip"]] = f"{texts[piece['clip']]} {piece['text']}".strip()
+        texts = [" ".join(piece["text"] for piece in pieces if piece["clip"] == i and piece["text"])
+                 for i in range(len(clips))]
         return texts if isinstance(source, list) else texts[0]
 
     def align(self, audio, ids):
@@ -483,11 +481,12 @@ class TinyAudio(nn.Module):
             model.load_state_dict(tensors)
         except RuntimeError:
             raise InputError(f"{name}: its tensors do not fit its config.json") from None
-        for layer, update in model.lora.items() if merge else ():  # then it costs nothing
-            update.hook.remove()
-            weight = model.decoder.base_model.get_submodule(layer.replace("-", ".")).weight
-            weight += (update.b @ update.a).detach().to(weight)
-        model.lora = nn.ModuleDict() if merge else model.lora
+        if merge:  # the low-rank update into the weights, where it costs nothing
+            for name, update in model.lora.items():
+                update.hook.remove()
+                layer = model.decoder.base_model.get_submodule(name.replace("-", "."))
+                layer.weight += (update.b @ update.a).detach().to(layer.weight)
+            model.lora = nn.ModuleDict()
         model.trained_size = sum(x.numel() for x in tensors.values() if x.is_floating_point())
         return model.eval()
 

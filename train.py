@@ -58,7 +58,8 @@ def parse_args(argv):
     add("--encoder", help="hubert, whisper, whisper-base (default), a hub id or a folder")
     add("--decoder", help="qwen3-8b, smollm3-3b, smollm2-135m (default), a hub id or a folder")
     add("--stack", type=int, help="encoder frames per projector frame (default 5)")
-    add("--hidden", type=int, help="width of the projector (default: 13M parameters)")
+    add("--hidden", type=int, help="width of the projector (default: twice the encoder's, "
+                                     "at most 13M parameters)")
     add("--lora-rank", type=int, dest="lora", help="train a LoRA of the decoder too")
     add("--init-from", metavar="CKPT", help="start from a trained checkpoint")
     add("--dataset", default="loquacious", help="loquacious, librispeech, your files or folder, or "
@@ -79,7 +80,7 @@ def parse_args(argv):
     add("--compile", action="store_true", help="compile the decoder")
     add("--checkpointing", action="store_true", help="less memory, a third slower")
     add("--keep-frames", type=float, default=4, metavar="GB",
-        help="encode files only once, with --augment up to three copies of them")
+        help="memory for frames: if all fit, files are encoded once; with --augment up to 3 copies")
     add("--log-every", type=int, default=20, help="steps between log lines")
     add("--eval-every", type=int, default=500, help="steps between validations")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
@@ -122,7 +123,7 @@ def usable(clips, model, left_out):
                 good.append({**clip, "seconds": seconds})
     return good
 
-def stream_windows(rows, args, model, left_out, held_out, place):
+def stream_windows(rows, args, model, held_out, place):
     """Endless windows of a stream: its number, the position before it, its usable clips."""
     if place["position"]:
         rows.load_state_dict(place["position"])
@@ -130,12 +131,11 @@ def stream_windows(rows, args, model, left_out, held_out, place):
     for number in itertools.count(place["number"]):
         position = rows.state_dict()
         clips = stream_clips(itertools.islice(iterator, WINDOW), args.dataset)
-        clips = [clip for clip in clips if clip["name"] not in held_out]
-        clips = usable(clips, model, left_out)
+        clips = usable([x for x in clips if x["name"] not in held_out], model, Counter())
         silent = no_speech(round(NO_SPEECH * len(clips)), [args.seed, number])
         yield number, position, clips + silent
 
-def load_batch(model, clips, share=0, rng=np.random):
+def load_batch(model, clips, share, rng):
     """Frames (B, T, D) and lengths (B,) of clips. A share of them has another speed, or noise."""
     if "frames" in clips[0]:
         frames = [clip["frames"] for clip in clips]
@@ -155,7 +155,7 @@ def make_steps(windows, model, args, start, rank, world):
         for done in range(start, len(batches), size):
             rng = np.random.default_rng([args.seed, number, done, rank])
             mine = batches[done:done + size][rank::world]
-            loaded = [(*load_batch(model, clips, args.augment, rng), clips) for clips in mine]
+            loaded = [(*load_batch(model, batch, args.augment, rng), batch) for batch in mine]
             yield {"number": number, "position": position, "done": done + size}, loaded
         start = 0
 
@@ -185,21 +185,22 @@ def load_data(args, model, place):
     held_out = {clip["name"] for clip in val}
     clips = [clip for clip in clips if clip["name"] not in held_out]
     seconds = sum(clip["seconds"] for clip in clips)
-    print(f"{args.dataset}: {seconds / 3600:.2f} h in {len(clips)} clips, and {len(val)} clips to "
-          f"validate on; left out: {dict(left_out) or 'nothing'}")
+    print(f"{args.dataset}{', its first clips' if stream else ''}: {seconds / 3600:.2f} h in "
+          f"{len(clips)} clips, and {len(val)} to validate on; left out: "
+          f"{dict(left_out) or 'nothing'}")
     if not clips or not val:
         raise InputError(f"no usable clip in {args.val or args.dataset}")
     if stream:  # the texts are not known yet: CTC may use every token that is made of letters
         texts = enumerate(map(model.tokenizer.decode, range(len(model.tokenizer))))
         model.set_ctc_tokens(i for i, x in texts if x.isascii() and x.strip().isalpha())
-        windows = prefetch(stream_windows(stream, args, model, left_out, held_out, place))
+        windows = prefetch(stream_windows(stream, args, model, held_out, place))
         return windows, val
     model.set_ctc_tokens(token for clip in clips for token in model.tokenize_answer(clip["text"]))
     clips += no_speech(min(300, round(NO_SPEECH * len(clips))), args.seed)
     size = seconds * model.encoder.frame_rate * model.encoder.dim * 2 / 1e9
     copies = min(3 if args.augment else 1, int(args.keep_frames / size))
     if copies:
-        clips = [dict(clip) for clip in clips * copies]
+        clips = [dict(clip) for clip in clips * copies]  # each with frames of its own
         rng = np.random.default_rng(args.seed)
         for batch in tqdm(make_batches(clips, args.batch_seconds), "encoding, once", disable=None):
             for clip, x, length in zip(batch, *load_batch(model, batch, args.augment, rng)):
@@ -260,8 +261,8 @@ def plot(out, rows):
 
 def save(args, model, optimizer, rows, step, place):
     """Write what `TinyAudio.from_pretrained` reads, and state.pt for --resume."""
-    wers = [row["wer"] for row in rows if "wer" in row][-1:]
-    found = [f"{wer:.2%} by {decode}" for last in wers for decode, wer in last.items()]
+    wers = next((row["wer"] for row in reversed(rows) if "wer" in row), {})  # {}: none yet
+    found = [f"{wer:.2%} by {decode}" for decode, wer in wers.items()]
     model.save_pretrained(args.out, f"{step} steps. WER of validation clips: {', '.join(found)}")
     file = io.BytesIO()
     torch.save({"args": vars(args), "step": step, "place": place, "model": model.state_dict(),
@@ -324,8 +325,8 @@ def main(argv=None):
                 wandb.log(row, step=row["step"])
 
     stop, bad_steps, sums, since = [], 0, Counter(), time.perf_counter()
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, lambda number, frame: stop.append(number))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stop.append(number))
     total = args.ctc_steps + args.steps
     trained_ctc = args.ctc_steps or args.init_from  # an untrained one is of no use in phase 2
     for step in range(state["step"] + 1, total + 1):
@@ -357,7 +358,7 @@ def main(argv=None):
             counts.update(parts, flops=model_flops(model, batch, *weights))
         trained = bridge if phase == 1 else parameters
         for p in trained:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # had no clip
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # not in this step's loss
         if world > 1:
             values = torch.tensor([float(x) for x in counts.values()], device=model.device)
             for x in (values, *(p.grad for p in trained)):
@@ -381,22 +382,22 @@ def main(argv=None):
         optimizer.zero_grad()
 
         # Log
-        last = step == end or counts["stop"]
-        if sums and (step % args.log_every == 0 or last):
+        check = step == end or step % args.eval_every == 0 or counts["stop"]
+        if sums and (check or step % args.log_every == 0):
             elapsed, tokens = time.perf_counter() - since, sums["tokens"]
             ctc, lm = float(sums["ctc"]) / tokens, float(sums["lm"]) / tokens
-            row = {"step": step, "phase": phase, "epoch": place["number"],
+            row = {"step": step, "phase": phase, "epoch": place["number"],  # a stream's window
                    "loss": ctc if phase == 1 else lm, "ctc": ctc, "lr": lr, "norm": norm,
                    "x_real_time": sums["seconds"] / elapsed, "mfu": sums["flops"] / elapsed / peak,
-                   "memory_gb": peak_memory(model.device),
+                   "memory_gb": peak_memory(model.device),  # and minutes left of this phase
                    "minutes_left": (end - step) * elapsed / sums["steps"] / 60}
             print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
             log(row)
             sums, since = Counter(), time.perf_counter()
 
         # Validate and save
-        if step % args.eval_every == 0 or last:
-            if rank == 0 and not counts["stop"]:
+        if rank == 0 and check:  # the other processes wait in all_reduce
+            if not counts["stop"]:
                 decodings = DECODINGS if phase == 2 else ("ctc",)
                 with torch.compiler.set_stance("force_eager"):  # decoding has other shapes
                     wers, text = validate(model, val, decodings)
@@ -406,8 +407,7 @@ def main(argv=None):
                 print(f"step {step}/{total} WER of {len(val)} clips: "
                       + ", ".join(f"{100 * wer:.1f} % {name}" for name, wer in wers.items())
                       + f"\n    ref: {val[0]['text']}\n    hyp: {text}")
-            if rank == 0:
-                save(args, model, optimizer, rows, step, place)
+            save(args, model, optimizer, rows, step, place)
             since = time.perf_counter()
         if counts["stop"]:
             print(f"stopped after step {step}: python train.py --resume {out} goes on")
