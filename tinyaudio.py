@@ -8,7 +8,6 @@
 The file follows the sound. Shapes: B clips, T encoder frames (50 per second), N stacked frames
 (10 per second), D encoder width, d decoder width, V CTC tokens.
 """
-import itertools
 import json
 import string
 from pathlib import Path
@@ -335,10 +334,19 @@ class TinyAudio(nn.Module):
 
     @torch.no_grad()
     def ctc_greedy(self, audio, counts):
-        """The best class of each frame, without repeats and blanks."""
+        """The best class of each frame, without repeats and blanks. A token behind 5 blanks begins
+        a word: an earlier model writes the first word of a sentence without a space."""
         paths, tokens = self.ctc(audio, self.embed.weight).argmax(-1), self.ctc.tokens.tolist()
-        return [[tokens[best - 1] for best, _ in itertools.groupby(path[:count]) if best]
-                for path, count in zip(paths.tolist(), counts.tolist())]
+        answers = [[] for _ in paths]
+        for answer, path, count in zip(answers, paths.tolist(), counts.tolist()):
+            blanks = 0
+            for best, last in zip(path[:count], [0, *path]):
+                if best and best != last:
+                    token = tokens[best - 1]
+                    new_word = " " + self.tokenizer.decode([token]).strip()
+                    answer += self.tokenize(new_word) if answer and blanks > 4 else [token]
+                blanks = 0 if best else blanks + 1
+        return answers
 
     def left_pad(self, prompts):
         """B tensors (length, d) -> (B, longest, d) and its mask (B, longest), 0 at padding."""

@@ -288,9 +288,9 @@ for command in sys.argv[1:]:
         assert line.startswith(command.split()[0] + ": ") and "missing" in line
 
 def test_the_project_stays_small():
-    limits = {"data.py": 276, "offline.py": 120, "tinyaudio.py": 501, "train.py": 426,
+    limits = {"data.py": 276, "offline.py": 120, "tinyaudio.py": 508, "train.py": 426,
               "sample.py": 182, "eval.py": 219, "demo.py": 139, "bench.py": 241,
-              "*.py": 2103, "tests/*.py": 1370, "README.md": 220}
+              "*.py": 2111, "tests/*.py": 1370, "README.md": 220}
     faults, sizes = [], {}
     for pattern, limit in limits.items():
         text = "".join(path.read_text("utf-8") for path in ROOT.glob(pattern))
