@@ -131,10 +131,10 @@ def load_model(args):
     return model
 
 def make_clips(model, count):
-    """Clips of two to five commands: dicts wave (samples,), seconds, answer, frames (T, D)."""
+    """Clips of one to four commands: dicts wave (samples,), seconds, answer, frames (T, D)."""
     commands, clips = read_clips(str(ASSETS / "quickstart" / "test.jsonl")), []
     for i in range(count):
-        said = commands[i % 80:i % 80 + 2 + i % 4]
+        said = commands[i % 80:i % 80 + 1 + i % 4]
         wave = np.concatenate([load_audio(command["audio"]) for command in said])
         answer = model.tokenize_answer(" ".join(command["text"] for command in said))
         clips.append({"wave": wave, "seconds": len(wave) / SAMPLE_RATE, "answer": answer,

@@ -301,4 +301,4 @@ def test_the_project_stays_small():
             faults += [f"{pattern}, two statements: {token.line}" for token in
                        tokenize.generate_tokens(io.StringIO(text).readline) if token.string == ";"]
     assert {path.name for path in ROOT.glob("*.py")} < limits.keys() and not faults, faults
-    assert sizes["*.py"] <= 114_000 and sizes["README.md"] <= 14_000, sizes
+    assert sizes["*.py"] <= 114_500 and sizes["README.md"] <= 14_000, sizes
