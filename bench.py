@@ -21,7 +21,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import tinyaudio
 from data import SAMPLE_RATE, InputError, load_audio, make_batches, read_clips
-from tinyaudio import Encoder, Projector, TinyAudio, fetch, locate
+from tinyaudio import Encoder, Projector, TinyAudio, fetch, find_device, locate
 
 ASSETS = Path(__file__).parent / "assets"
 SMALL = dict(num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
@@ -117,7 +117,7 @@ def load_model(args):
     """The checkpoint --model; with --random an untrained pair."""
     if not args.random:
         return TinyAudio.from_pretrained(args.model, args.device)
-    device = args.device or torch.accelerator.current_accelerator() or "cpu"
+    device = find_device(args.device)
     encoder, decoder = random_pair(args, device)
     tokenizer = hf.AutoTokenizer.from_pretrained(locate("smollm2-135m"))
     extractor = hf.Wav2Vec2FeatureExtractor(return_attention_mask=True)

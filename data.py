@@ -19,7 +19,7 @@ import soundfile
 import soxr
 
 SAMPLE_RATE = 16_000  # Hz
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".au", ".caf", ".m4a")
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".m4a")
 AUDIO_COLUMNS = ("audio", "wav", "file_name", "audio_filepath", "path")
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")
 MARKS = {"COMMA": ",", "PERIOD": ".", "QUESTIONMARK": "?", "EXCLAMATIONPOINT": "!"}
@@ -92,7 +92,8 @@ def read_file(file):
 def as_samples(array):
     """Array or tensor -> float32 (samples, channels) in [-1, 1]. The longer dimension is time."""
     if hasattr(array, "detach"):
-        array = array.detach().cpu().numpy()
+        array = array.detach().cpu()
+        array = array.float() if array.is_floating_point() else array  # NumPy has no bfloat16
     samples = np.asarray(array)
     numeric = samples.dtype.kind in "fi" or samples.dtype == np.uint8
     if samples.ndim not in (1, 2) or not samples.size or not numeric:
@@ -100,8 +101,9 @@ def as_samples(array):
     samples = np.atleast_2d(samples)
     samples = samples.T if samples.shape[0] < samples.shape[1] else samples
     if samples.dtype.kind != "f":
-        half = 2.0 ** (8 * samples.itemsize - 1)
-        samples = samples / half - (samples.dtype.kind == "u")
+        bits = 8 * samples.itemsize
+        bits = min(bits, 16) if np.abs(samples).max() < 2**15 else bits  # often in a wider type
+        samples = samples / 2.0 ** (bits - 1) - (samples.dtype.kind == "u")
     return samples.astype(np.float32)
 
 def split_audio(blocks):
@@ -141,7 +143,7 @@ def read_clips(pattern):
 
 def read_rows(file):
     """Yields the rows of one data file or folder, as dicts."""
-    number = 0
+    number, rows = 0, None
     try:
         if file.is_dir():
             rows = read_folder(file)
@@ -162,7 +164,8 @@ def read_rows(file):
             yield row
             number += 1
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{file}: row {number + 1}: {first_line(error)}") from None
+        where = f"row {number + 1}: " if rows else ""
+        raise InputError(f"{file}: {where}{first_line(error)}") from None
 
 def read_folder(folder):
     """Rows of the audio files of a folder, with the text of the .txt beside each."""
@@ -189,7 +192,7 @@ def to_clip(row, name, folder=""):
         audio = name = str(beside if beside.exists() else path)
     elif isinstance(audio, bytes):
         name = hashlib.md5(audio).hexdigest()
-    text = "" if text is None else clean_text(str(text))
+    text = "" if text is None or text != text else clean_text(str(text))  # NaN is no text
     return {"name": name, "audio": audio, "text": text}
 
 def is_hub_id(name):

@@ -109,7 +109,7 @@ def recognize(clips, recognizer):
         except InputError as error:
             rows[-1]["failed"] = str(error)
     start = time.perf_counter()
-    texts = recognizer(waves)
+    texts = recognizer(waves) if waves else []
     rate = (time.perf_counter() - start) / (sum(row["seconds"] for row in rows) or 1)
     for row, text in zip((row for row in rows if not row["failed"]), texts):
         row.update(hypothesis=text, time=rate * row["seconds"])  # its share of the time

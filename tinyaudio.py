@@ -55,13 +55,18 @@ def fetch(load, source, **options):
         reason = first_line(error) if found else "no such folder"
         raise InputError(f"cannot load {source}: {reason}") from None
 
-def load_frozen(model_class, source, device, dtype, **options):
-    """A pretrained model: by default on the accelerator, and in bfloat16 where that is fast."""
+def find_device(name=None):
+    """The torch.device of a name; without one the accelerator, or the CPU. Raises InputError."""
     try:
-        device = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
+        device = torch.device(name or torch.accelerator.current_accelerator() or "cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        raise InputError(f"there is no device {device} here") from None
+        raise InputError(f"there is no device {name} here") from None
+    return device
+
+def load_frozen(model_class, source, device, dtype, **options):
+    """A pretrained model: by default on the accelerator, and in bfloat16 where that is fast."""
+    device = find_device(device)
     fast = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16")
     dtype = dtype or (torch.bfloat16 if fast else torch.float32)
     model, report = fetch(model_class.from_pretrained, source, dtype=dtype,
@@ -335,7 +340,7 @@ class TinyAudio(nn.Module):
     @torch.no_grad()
     def ctc_greedy(self, audio, counts):
         """The best class of each frame, without repeats and blanks. A token behind 5 blanks begins
-        a word: an earlier model writes the first word of a sentence without a space."""
+        a word: the shipped model spells the first word of a sentence without a space."""
         paths, tokens = self.ctc(audio, self.embed.weight).argmax(-1), self.ctc.tokens.tolist()
         answers = [[] for _ in paths]
         for answer, path, count in zip(answers, paths.tolist(), counts.tolist()):
@@ -404,7 +409,8 @@ class TinyAudio(nn.Module):
             rows, columns = np.nonzero(scores > best[clips, None])  # a score can only fall
             order = scores[rows, columns].argsort()[::-1]
             kept = [order[clips[rows[order]] == clip][:beams] for clip in range(len(audio))]
-            rows, columns = rows[np.concatenate(kept)], columns[np.concatenate(kept)]
+            kept = np.concatenate(kept)
+            rows, columns = rows[kept], columns[kept]
             clips, lm, last = clips[rows], lm[rows, columns], classes[rows, columns]
             state = longer[rows, :, :, columns]
             tokens = self.ctc.tokens[last - 1].tolist()

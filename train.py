@@ -389,8 +389,8 @@ def main(argv=None):
             row = {"step": step, "phase": phase, "epoch": place["number"],  # a stream's window
                    "loss": ctc if phase == 1 else lm, "ctc": ctc, "lr": lr, "norm": norm,
                    "x_real_time": sums["seconds"] / elapsed, "mfu": sums["flops"] / elapsed / peak,
-                   "memory_gb": peak_memory(model.device),  # and minutes left of this phase
-                   "minutes_left": (end - step) * elapsed / sums["steps"] / 60}
+                   "memory_gb": peak_memory(model.device),
+                   "minutes_left": (end - step) * elapsed / sums["steps"] / 60}  # of the phase
             print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
             log(row)
             sums, since = Counter(), time.perf_counter()

@@ -28,11 +28,11 @@ def test_formats_come_out_as_mono_16_khz(tmp_path, suffix, rate, channels):
 
 def test_what_can_be_read_comes_and_then_what_is_missing_is_said(tmp_path):
     wave, path = tone(40), tmp_path / "a"
-    for kind, message in (("flac", "not readable"), ("mp3", "ends early, after")):
+    for kind, cut in (("flac", "not readable"), ("mp3", "ends early, after")):
         file = io.BytesIO()
         soundfile.write(file, wave, 16_000, format=kind)
         data = file.getvalue()
-        for broken, message in ((data[:len(data) // 2], message), (data + data, "bytes follow")):
+        for broken, message in ((data[:len(data) // 2], cut), (data + data, "bytes follow")):
             path.write_bytes(broken)
             blocks = read_audio(path)
             assert len(next(blocks)) > 16_000
@@ -49,10 +49,11 @@ def test_every_way_to_hand_over_a_clip_gives_the_same(tmp_path):
                    {"bytes": data, "path": "x.wav"}, {"bytes": None, "path": str(path)}):
         np.testing.assert_array_equal(load_audio(source), wave)
     for kind, half, middle in ((np.uint8, 2**7, 2**7), (np.int8, 2**7, 0), (np.int16, 2**15, 0),
-                               (np.int32, 2**31, 0)):
+                               (np.int32, 2**31, 0), (np.int64, 2**15, 0)):
         samples = load_audio((wave.astype(float) * half + middle).astype(kind))
         np.testing.assert_allclose(samples, wave, atol=1 / half + 1e-6)
     assert len(load_audio(wave, sample_rate=8000)) == 16_000
+    assert load_audio(tensor.bfloat16()).dtype == np.float32
 
 def test_unusable_sound_is_one_line_that_names_the_file(tmp_path):
     (tmp_path / "text.wav").write_text("not audio")
@@ -114,7 +115,7 @@ def test_data_files_of_every_kind_hold_the_same_clips(tmp_path):
     ("metadata.csv", 'file_name,transcript\n"1,5.wav",if a < b and c > d\n2.wav,<b>\n',
      ["if a < b and c > d", ""]),
     ("[1].jsonl", '{"file_name": "1,5.wav", "transcription": 42}\n'
-                  '{"audio_filepath": "2.wav", "text": ""}\n', ["42", ""]),
+                  '{"audio_filepath": "2.wav", "text": NaN}\n', ["42", ""]),
     ("manifest.json", '{"audio_filepath": "1,5.wav", "text": "a"}\n'
                       '{"audio_filepath": "2.wav", "text": null}\n', ["a", ""])])
 def test_data_files_as_others_leave_them(tmp_path, name, content, texts):
@@ -125,7 +126,7 @@ def test_data_files_as_others_leave_them(tmp_path, name, content, texts):
     assert [clip["audio"] for clip in clips] == [f"{tmp_path}/1,5.wav", f"{tmp_path}/2.wav"]
 
 @pytest.mark.parametrize("name, content", [
-    ("missing.jsonl", None), ("a.docx", b""), ("a.parquet", b"PAR1"), ("a.jsonl", b"no json\n"),
+    ("missing.jsonl: No such", None), ("a.docx", b""), ("a.parquet", b"PAR1"), ("a.jsonl", b"no"),
     ("list.jsonl", b"[1]\n"), ("no_text.jsonl", b'{"audio": "a.wav"}\n'),
     ("no_audio.csv", b"id,text\n1,one\n"), ("latin.csv", b"audio,text\na,\xe9\n"),
     ("a.csv: row 1: more cells", b"audio,text\n1.wav,one, two\n"),

@@ -279,7 +279,7 @@ for command in sys.argv[1:]:
     except SystemExit as end:
         print(end.code)"""
     commands = ["sample.py x.wav --model missing", "eval.py missing --dataset missing.jsonl",
-                "bench.py --model missing", "train.py --resume missing"]
+                "bench.py --random --device missing", "train.py --resume missing"]
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *commands], cwd=ROOT,
                           text=True, capture_output=True)
     lines = done.stdout.splitlines()
@@ -288,9 +288,9 @@ for command in sys.argv[1:]:
         assert line.startswith(command.split()[0] + ": ") and "missing" in line
 
 def test_the_project_stays_small():
-    limits = {"data.py": 276, "offline.py": 120, "tinyaudio.py": 508, "train.py": 426,
+    limits = {"data.py": 279, "offline.py": 120, "tinyaudio.py": 514, "train.py": 426,
               "sample.py": 182, "eval.py": 219, "demo.py": 139, "bench.py": 241,
-              "*.py": 2111, "tests/*.py": 1370, "README.md": 220}
+              "*.py": 2120, "tests/*.py": 1371, "README.md": 220}
     faults, sizes = [], {}
     for pattern, limit in limits.items():
         text = "".join(path.read_text("utf-8") for path in ROOT.glob(pattern))
@@ -301,4 +301,4 @@ def test_the_project_stays_small():
             faults += [f"{pattern}, two statements: {token.line}" for token in
                        tokenize.generate_tokens(io.StringIO(text).readline) if token.string == ";"]
     assert {path.name for path in ROOT.glob("*.py")} < limits.keys() and not faults, faults
-    assert sizes["*.py"] <= 114_500 and sizes["README.md"] <= 14_000, sizes
+    assert sizes["*.py"] <= 114_700 and sizes["README.md"] <= 14_000, sizes
