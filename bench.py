@@ -6,7 +6,7 @@
 
 The fastest of four runs, in seconds of sound per second.
 """
-import sys
+import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import tinyaudio
-from data import SAMPLE_RATE, InputError, load_audio, make_batches, read_clips
-from tinyaudio import Encoder, Projector, TinyAudio, fetch, find_device, locate
+from data import SAMPLE_RATE, load_audio, make_batches, read_clips, run
+from tinyaudio import Encoder, Projector, TinyAudio, fetch, find_device
 
 ASSETS = Path(__file__).parent / "assets"
-SMALL = dict(num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-             tie_word_embeddings=True)
 CONFIGS = {  # published sizes: known without a network
     "hubert": hf.HubertConfig(hidden_size=1280, num_hidden_layers=48, num_attention_heads=16,
                               intermediate_size=5120, conv_bias=True, feat_extract_norm="layer"),
@@ -33,8 +31,6 @@ CONFIGS = {  # published sizes: known without a network
                                 encoder_ffn_dim=5120, num_mel_bins=128),
     "qwen3-8b": hf.Qwen3Config(num_hidden_layers=36, num_key_value_heads=8,
                                intermediate_size=12288),  # width 4096, 32 heads
-    "qwen3-1.7b": hf.Qwen3Config(**SMALL, hidden_size=2048, intermediate_size=6144),
-    "qwen3-0.6b": hf.Qwen3Config(**SMALL, hidden_size=1024, intermediate_size=3072),
     "smollm3-3b": hf.SmolLM3Config(),
 }
 GPUS = {  # memory in GB, dense bf16 TFLOP/s of the data sheet, usual rent in USD per hour
@@ -69,6 +65,16 @@ def model_flops(model, clips, ctc_weight, lm_weight):
         flops += every * (4 * body + 6 * parameters(model.lora)) + 4 * words * vocabulary
     return flops
 
+def prepare(model, compiled, checkpointing):
+    """Make the decoder ready for training: compiled, or with less memory."""
+    if model.device.type == "cpu":  # the backward pass of fused attention is slow there
+        model.decoder.set_attn_implementation("eager")
+    for layer in model.decoder.base_model.layers:
+        if checkpointing:  # keep only the inputs of layers (Chen et al. 2016)
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if compiled:
+            layer.compile(dynamic=True)
+
 def peak_memory(device):
     """Peak in GB so far: of the GPU, or of this process where Linux tells it, else 0."""
     if device.type == "cuda":
@@ -79,13 +85,13 @@ def peak_memory(device):
 
 def random_pair(args, device):
     """Encoder and decoder in bfloat16 with random weights, made on the device."""
-    heard, spoken = [CONFIGS.get(name) or fetch(hf.AutoConfig.from_pretrained, locate(name))
+    heard, spoken = [CONFIGS.get(name) or fetch(hf.AutoConfig.from_pretrained, name)
                      for name in (args.encoder, args.decoder)]
     with torch.device(device):
         whisper = heard.model_type == "whisper"
         encoder = WhisperEncoder(heard) if whisper else hf.AutoModel.from_config(heard)
         decoder = hf.AutoModelForCausalLM.from_config(spoken, dtype=torch.bfloat16)
-    return encoder.bfloat16().eval(), decoder.requires_grad_(False).eval()
+    return encoder.bfloat16().requires_grad_(False).eval(), decoder.requires_grad_(False).eval()
 
 def plan(args):
     """Print what training takes. The backbones are on the meta device: they have no weights."""
@@ -113,20 +119,16 @@ def plan(args):
         hours, fits = 2000 / speed, "yes" if total / 1e9 < gb else "no"
         print(f"| {name}, {gb} GB | {speed:.0f} | {hours:.1f} | {hours * price:.2f} | {fits} |")
 
-def load_model(args):
-    """The checkpoint --model; with --random an untrained pair."""
-    if not args.random:
-        return TinyAudio.from_pretrained(args.model, args.device)
-    device = find_device(args.device)
-    encoder, decoder = random_pair(args, device)
-    tokenizer = hf.AutoTokenizer.from_pretrained(locate("smollm2-135m"))
-    extractor = hf.Wav2Vec2FeatureExtractor(return_attention_mask=True)
-    if encoder.config.model_type == "whisper":
-        extractor = hf.WhisperFeatureExtractor(encoder.config.num_mel_bins)
+def make_model(args):
+    """The pair with random weights, as a `TinyAudio`."""
+    encoder, decoder = random_pair(args, find_device(args.device))
+    tokenizer = fetch(hf.AutoTokenizer.from_pretrained, "smollm2-135m")
+    extractor = (hf.WhisperFeatureExtractor(encoder.config.num_mel_bins)
+                 if isinstance(encoder, WhisperEncoder) else hf.Wav2Vec2FeatureExtractor())
     tinyaudio.load_encoder = lambda *_: Encoder(encoder, extractor)
     tinyaudio.load_decoder = lambda *_: (decoder, tokenizer)
     model = TinyAudio(args.encoder, args.decoder).eval()
-    model.ctc.tokens = torch.arange(len(tokenizer), device=device)
+    model.set_ctc_tokens(range(len(tokenizer)))
     model.token_limits = lambda counts, *_: [n // 3 for n in counts.tolist()]  # else endless
     return model
 
@@ -175,12 +177,13 @@ def decode(model, clips, name):
 
 def measure(args):
     """Print a table of decoding and training speeds."""
-    model, speeds = load_model(args), {}
+    model = make_model(args) if args.random else TinyAudio.from_pretrained(args.model, args.device)
     cuda, dtype = model.device.type == "cuda", model.embed.weight.dtype
     gpu = torch.cuda.get_device_name() if cuda else "CPU"
     peaks = [matmul_flops(model.device, dtype)]
-    peaks += [1e12 * teraflops for name, (_, teraflops, _) in GPUS.items() if name in gpu]
-    clips = sorted(make_clips(model, args.clips), key=lambda clip: -clip["seconds"])
+    peaks += [1e12 * teraflops for name, (_, teraflops, _) in GPUS.items()
+              if re.search(rf"\b{name}\b", gpu)]
+    clips, speeds = sorted(make_clips(model, args.clips), key=lambda clip: -clip["seconds"]), {}
     print(f"{len(clips)} clips, {dtype}, {gpu}, {', '.join(f'{x / 1e12:.3f}' for x in peaks)} "
           "TFLOP/s\n\n| | x real time | loss | MFU | GB |\n|---|---|---|---|---|")
 
@@ -206,12 +209,7 @@ def measure(args):
         batches = [some[i:i + size] for i in range(0, len(some), size)]
         for how in ("encoder", "greedy", "joint"):
             show(decode, how, f"batch {size}", batches)
-    if not cuda:
-        model.decoder.set_attn_implementation("eager")  # as train.py does
-    for layer in model.decoder.base_model.layers:
-        if args.checkpointing:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        layer.compile(dynamic=True)
+    prepare(model, True, args.checkpointing)
     for size in args.batch_seconds:
         for name in "phase 1", "phase 2, --compile", "phase 2", "phase 2, naive":
             if "naive" not in name or size == args.batch_seconds[0]:
@@ -235,7 +233,4 @@ def main(argv=None):
     return plan(args) if args.plan else measure(args)
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"bench.py: {error}")
+    run(main)

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,13 @@ class InputError(Exception):
 def first_line(error):
     return getattr(error, "strerror", None) or (str(error).strip() or repr(error)).splitlines()[0]
 
+def run(main):
+    """Call the main() of a script: what the user can mend is one line, and exit status 1."""
+    try:
+        sys.exit(main())
+    except (InputError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
 def load_audio(source, sample_rate=SAMPLE_RATE):
     """What `read_audio` takes -> float32 array (samples,), mono, 16 kHz."""
     return np.concatenate(list(read_audio(source, sample_rate)))
@@ -46,13 +54,9 @@ def read_audio(source, sample_rate=SAMPLE_RATE):
         for block, rate in read_blocks(source, sample_rate):
             if not np.abs(block).max() < 16:  # loud is fine, int16 kept as float is not
                 raise ValueError("samples are not numbers from -1 to 1")
-            mono = block.mean(axis=1)
-            if rate != SAMPLE_RATE:
-                resampler = resampler or soxr.ResampleStream(rate, SAMPLE_RATE, 1)
-                mono = resampler.resample_chunk(mono)
-            yield mono
-        if resampler:
-            yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+            resampler = resampler or soxr.ResampleStream(rate, SAMPLE_RATE, 1)
+            yield resampler.resample_chunk(block.mean(axis=1))
+        yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
     except soundfile.LibsndfileError as error:
         raise InputError(f"{name}: not readable as audio ({error.error_string}); try ffmpeg -i "
                          f"{Path(name).name} new.wav") from None
@@ -84,10 +88,10 @@ def read_file(file):
     rest = len(file.read())
     if not count:
         raise ValueError("no sound in it (0 samples)")
-    if count < 0.99 * sound.frames:
-        raise ValueError(f"ends early, after {count / rate:.1f} of {sound.frames / rate:.1f} s")
-    if rest > 4096:  # more than tags: an MP3 may state a wrong length
-        raise ValueError(f"only {count / rate:.1f} s can be read, and {rest} bytes follow")
+    wrong_length = rest > 4096 and sound.format in ("MP3", "FLAC")  # more than tags
+    if count < 0.99 * sound.frames or wrong_length:
+        raise ValueError(f"only {count / rate:.1f} of {sound.frames / rate:.1f} s can be read, and "
+                         f"{rest} bytes follow")
 
 def as_samples(array):
     """Array or tensor -> float32 (samples, channels) in [-1, 1]. The longer dimension is time."""
@@ -138,12 +142,11 @@ def read_clips(pattern):
             raise InputError(f"'{pattern}': a name is missing")
         found = [] if Path(part).exists() else sorted(glob.glob(part, recursive=True))
         files += map(Path, found or [part])
-    return [to_clip(row, f"{file}#{number}", file.parent)
-            for file in files for number, row in enumerate(read_rows(file), 1)]
+    return [clip for file in files for clip in read_data(file)]
 
-def read_rows(file):
-    """Yields the rows of one data file or folder, as dicts."""
-    number, rows = 0, None
+def read_data(file):
+    """Yields the clips of one data file or folder."""
+    number, rows = 1, None
     try:
         if file.is_dir():
             rows = read_folder(file)
@@ -151,20 +154,19 @@ def read_rows(file):
             import pyarrow.parquet
             rows = pyarrow.parquet.read_table(file).to_pylist()
         elif file.suffix in (".csv", ".tsv"):
-            tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-            options = {"strict": True} if file.suffix == ".csv" else tabs
-            rows = csv.DictReader(file.open(encoding="utf-8-sig", newline=""), **options)
+            tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {}
+            rows = csv.DictReader(file.open(encoding="utf-8-sig", newline=""), strict=True, **tabs)
         elif file.suffix in (".json", ".jsonl"):
             rows = (json.loads(line) for line in file.open(encoding="utf-8-sig") if line.strip())
         else:
             raise ValueError("not .jsonl, .csv, .tsv, .parquet or a folder")
         for row in rows:
-            if isinstance(row, dict) and None in row:
-                raise ValueError("more cells than columns")
-            yield row
+            if not isinstance(row, dict) or None in row:
+                raise ValueError("more cells than columns, or no columns")
+            yield to_clip(row, f"{file}#{number}", file.parent)
             number += 1
     except (OSError, ValueError, csv.Error) as error:
-        where = f"row {number + 1}: " if rows else ""
+        where = f"row {number}: " if rows else ""
         raise InputError(f"{file}: {where}{first_line(error)}") from None
 
 def read_folder(folder):
@@ -177,7 +179,6 @@ def read_folder(folder):
 
 def to_clip(row, name, folder=""):
     """A row of a data file or of the Hub -> a clip, named by its path or by a hash of its bytes."""
-    row = row if isinstance(row, dict) else {}
     audios = [row[column] for column in AUDIO_COLUMNS if column in row]
     texts = [row[column] for column in TEXT_COLUMNS if column in row]
     if not audios or not texts:
@@ -263,14 +264,13 @@ def no_speech(count, seed):
         wave += rng.choice([0, 1]) * np.sin(angles).sum(axis=0)
         wave *= 10 ** rng.uniform(-3, 0) / np.abs(wave).max()
         clips.append({"name": f"no speech {number}", "audio": wave.astype(np.float32), "text": "",
-                      "seconds": size / SAMPLE_RATE})
+                      "seconds": size / SAMPLE_RATE, "answer": []})
     return clips
 
 def write_file(path, data):
     """Write text or bytes under another name, then rename: a file is whole or it is not there."""
     unfinished = Path(f"{path}.unfinished")
-    data = data.encode() if isinstance(data, str) else data
-    unfinished.write_bytes(data)
+    unfinished.write_bytes(data.encode() if isinstance(data, str) else data)
     unfinished.replace(path)
 
 def finished_rows(path):

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import numpy as np
 from transformers import TextIteratorStreamer
 
-from data import SAMPLE_RATE, InputError, first_line, read_audio, read_clips, split_audio
+from data import SAMPLE_RATE, InputError, read_audio, read_clips, run, split_audio
 from sample import ASSETS, render, segments, time_words
 from tinyaudio import TRANSCRIBE, TinyAudio
 
@@ -48,10 +48,13 @@ def show_words(parts):
     return "".join(f"<ruby>{html.escape(word['word'])}<rt>{word['start']:.2f}</rt></ruby> "
                    for part in parts for word in part["words"])
 
-def draw_hearing(model, wave):
-    """Figure: up to 28 s of sound, the probabilities of what CTC spells, and the words."""
-    from matplotlib.figure import Figure
-    wave = wave[:28 * SAMPLE_RATE]
+def draw_hearing(model, minutes, path):
+    """Figure: 28 s of sound, what CTC spells, and the words. None without sound or matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+        wave = read(path, minutes)[:28 * SAMPLE_RATE]
+    except (InputError, ImportError):
+        return None
     audio, counts = model.encode([wave])
     probs = model.ctc(audio, model.embed.weight)[0].softmax(-1).detach().cpu().numpy()
     [ids] = model.decode(audio, counts)
@@ -71,13 +74,6 @@ def draw_hearing(model, wave):
     middle.set(ylim=(0, 1.15), xlim=(0, len(wave) / SAMPLE_RATE))
     low.set(xlabel="seconds", yticks=[])
     return figure
-
-def picture(model, minutes, path):
-    """The figure of `draw_hearing`; None without sound or without matplotlib."""
-    try:
-        return draw_hearing(model, read(path, minutes))
-    except (InputError, ImportError):
-        return None
 
 def listen(model, minutes, path, prompt):
     """Yields the text so far and the HTML below it."""
@@ -113,7 +109,10 @@ def main(argv=None):
     add("--max-minutes", type=float, default=10, help="longest sound")
     add("--device", help="cuda, mps or cpu")
     args = parser.parse_args(argv)
-    import gradio as gr
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise InputError(f"{error}: pip install gradio") from None
     model = TinyAudio.from_pretrained(args.model, args.device)
     gr.set_static_paths([ASSETS / "quickstart"])  # a copy would be deleted
     clips = read_clips(str(ASSETS / "quickstart" / "test.jsonl"))[::21]
@@ -124,16 +123,11 @@ def main(argv=None):
                     example_labels=[clip["text"] for clip in clips])
         prompt = gr.Textbox(label="Prompt (Enter runs it)", placeholder=TRANSCRIBE)
         text, below = gr.Textbox(label="Text", buttons=["copy"]), gr.HTML()
-        run = gr.on([audio.change, prompt.submit], partial(listen, model, args.max_minutes),
+        text_shown = gr.on([audio.change, prompt.submit], partial(listen, model, args.max_minutes),
                     [audio, prompt], [text, below], show_progress_on=text)
-        run.then(partial(picture, model, args.max_minutes), audio, gr.Plot(label="CTC"))
+        text_shown.then(partial(draw_hearing, model, args.max_minutes), audio, gr.Plot(label="CTC"))
     page.launch(server_name=args.host, server_port=args.port, share=args.share, css=CSS,
                 theme=gr.themes.Default(font="system-ui"), footer_links=[], run_history=False)
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ImportError as error:
-        raise SystemExit(f"demo.py: {error}: pip install gradio")
-    except (InputError, OSError) as error:
-        raise SystemExit(f"demo.py: {first_line(error)}")
+    run(main)

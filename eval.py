@@ -8,12 +8,9 @@
 Writes outputs/eval_<dataset>_<model>/: results.txt, results.jsonl (a row for each clip) and
 summary.json. The same command with --resume goes on after an interruption.
 """
-import datetime
 import json
-import random
 import re
 import subprocess
-import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.metadata import version
@@ -26,7 +23,7 @@ from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
 from data import (SAMPLE_RATE, InputError, finished_rows, is_hub_id, load_audio, open_stream,
-                  read_clips, stream_clips, write_file)
+                  read_clips, run, stream_clips, write_file)
 from tinyaudio import DECODINGS, TinyAudio, fetch
 
 ASR = "hf-audio/esb-datasets-test-only-sorted"  # the test sets of the Open ASR Leaderboard
@@ -48,7 +45,7 @@ def score(reference, hypothesis, normalizer="english"):
     ignored = reference.replace("_", " ").lower().strip() == "ignore time segment in scoring"
     reference, hypothesis = (NORMALIZERS[normalizer](text.translate(PLAIN))
                              for text in (reference, hypothesis))
-    if ignored or not reference:
+    if ignored or not reference.strip():
         return dict.fromkeys(COUNTS, 0)
     found = jiwer.process_words(reference, hypothesis)
     errors = found.substitutions, found.deletions, found.insertions
@@ -72,9 +69,8 @@ def read_samples(args):
     """The clips to score."""
     name = BENCHMARKS.get(args.dataset, args.dataset)
     if not is_hub_id(name):
-        clips = read_clips(name)
-        random.Random(args.seed).shuffle(clips)
-        return clips[:args.max_samples]
+        clips = np.random.default_rng(args.seed).permutation(read_clips(name))
+        return clips[:args.max_samples].tolist()
     rows = open_stream(name, "test")
     if args.max_samples:
         rows = rows.shuffle(args.seed, buffer_size=SHUFFLED).take(args.max_samples)
@@ -93,10 +89,7 @@ def load_recognizer(name, decode, device):
         options = {"return_timestamps": True, "generate_kwargs": {"num_beams": 1}}
         if getattr(pipe.model.generation_config, "is_multilingual", False):
             options["generate_kwargs"] |= {"language": "en", "task": "transcribe"}
-    def recognizer(waves):
-        sounds = [{"raw": wave, "sampling_rate": SAMPLE_RATE} for wave in waves]
-        return [result["text"] for result in pipe(sounds, **options)]
-    return recognizer, (name, "-", "-")
+    return lambda waves: [found["text"] for found in pipe(waves, **options)], (name, "-", "-")
 
 def recognize(clips, recognizer):
     """Rows (hypothesis, seconds, time, failed) of clips."""
@@ -133,7 +126,7 @@ def score_clips(args, clips, out):
     rows = finished_rows(results) if args.resume and results.exists() else []
     asked = {key: getattr(args, key) for key in ("checkpoint", "decode", "normalizer")}
     wanted = [{**asked, "name": clip["name"], "reference": clip["text"]} for clip in clips]
-    if any({**row, **want} != row for row, want in zip(rows, wanted)):
+    if len(rows) > len(clips) or any({**row, **w} != row for row, w in zip(rows, wanted)):
         raise InputError(f"{results} is of other clips or flags: run without --resume")
     recognizer, facts = load_recognizer(args.checkpoint, args.decode, args.device)
     out.mkdir(parents=True, exist_ok=True)
@@ -182,7 +175,7 @@ def report(args, rows, facts, out):
                                 cwd=Path(__file__).parent, text=True).stdout.strip()
         print(f"| {args.leaderboard} | {' | '.join(facts)} | {args.dataset} | {len(rows)} | "
               f"{100 * wer(rows):.2f} ± {50 * (high - low):.2f} | {summary['rtfx']:.0f} | "
-              f"{commit} | {datetime.date.today()} |")
+              f"{commit} | {time.strftime('%Y-%m-%d')} |")
 
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -213,7 +206,4 @@ def main(argv=None):
     report(args, rows, facts, out)
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"eval.py: {error}")
+    run(main)

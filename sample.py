@@ -19,7 +19,7 @@ import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from data import SAMPLE_RATE, InputError, load_audio, read_audio, split_audio, write_file
+from data import SAMPLE_RATE, InputError, load_audio, read_audio, run, split_audio, write_file
 from tinyaudio import DECODINGS, TRANSCRIBE, TinyAudio
 
 ASSETS = Path(__file__).parent / "assets"
@@ -56,8 +56,6 @@ def split(sources):
 
 def time_words(model, audio, ids, start):
     """Words of an answer to audio (N, d) from `start` seconds on, with times and probabilities."""
-    if not ids:
-        return []
     frames, probabilities = (x.tolist() for x in model.align(audio, ids))
     tokens = model.tokenizer.convert_ids_to_tokens(ids)
     # Tokenizers write a leading space as one of these two characters.
@@ -80,10 +78,10 @@ def make_cues(words, longest=6.0, width=80):
             cues.append([word["start"], word["end"], word["word"]])
     return cues
 
-def clock(seconds):
+def clock(seconds, mark="."):
     """12.3456 -> 00:00:12.346"""
     whole, thousandths = divmod(round(seconds * 1000), 1000)
-    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}.{thousandths:03}"
+    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}{mark}{thousandths:03}"
 
 def render(kind, name, parts):
     """What is printed or written for one file, from its segments."""
@@ -95,11 +93,9 @@ def render(kind, name, parts):
         rows = [{key: part[key] for key in ("start", "end", "text")} for part in parts]
         return json.dumps({"file": name, "text": text, "duration": round(parts[-1]["end"], 2),
                            "segments": rows, "words": words}, ensure_ascii=False) + "\n"
-    cues = [(f"{clock(start)} --> {clock(end)}", text) for start, end, text in make_cues(words)]
-    if kind == "vtt":
-        return "WEBVTT\n\n" + "".join(f"{times}\n{text}\n\n" for times, text in cues)
-    return "".join(f"{number}\n{times.replace('.', ',')}\n{text}\n\n"
-                   for number, (times, text) in enumerate(cues, 1))
+    header, mark = ("WEBVTT\n\n", ".") if kind == "vtt" else ("", ",")
+    return header + "".join(f"{number}\n{clock(start, mark)} --> {clock(end, mark)}\n{text}\n\n"
+                            for number, (start, end, text) in enumerate(make_cues(words), 1))
 
 def trace(model, source, decode):
     """Print on stderr what each step makes of 30 s of sound: function, milliseconds, shape."""
@@ -126,7 +122,6 @@ def trace(model, source, decode):
     step(model.detokenize, ids, show=str)
 
 def main(argv=None):
-    """Returns the exit status."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("files", nargs="*", help="audio files, or - for standard input")
@@ -176,7 +171,4 @@ def main(argv=None):
     return status
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (InputError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
+    run(main)

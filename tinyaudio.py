@@ -39,30 +39,24 @@ NAMES = {  # whisper-base and smollm2-135m are in offline.py
     "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
 }
 
-def locate(name):
-    """Short name, hub id or folder of a backbone -> hub id or folder."""
+def fetch(load, name, **options):
+    """load() of a short name, hub id or folder, with its errors as InputError."""
     known = [*NAMES, *offline.PACKAGES]
     if name not in known and not Path(name).is_dir() and not is_hub_id(name):
         raise InputError(f"{name} is no folder, no hub id and none of {', '.join(known)}")
-    return str(offline.folder(name)) if name in offline.PACKAGES else NAMES.get(name, name)
-
-def fetch(load, source, **options):
-    """load(source), of a folder or hub id, with its errors as InputError."""
+    source = str(offline.folder(name)) if name in offline.PACKAGES else NAMES.get(name, name)
     try:
         return load(source, **options)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        found = Path(source).is_dir() or is_hub_id(source)
-        reason = first_line(error) if found else "no such folder"
-        raise InputError(f"cannot load {source}: {reason}") from None
+        raise InputError(f"cannot load {source}: {first_line(error)}") from None
 
 def find_device(name=None):
     """The torch.device of a name; without one the accelerator, or the CPU. Raises InputError."""
+    best = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        device = torch.device(name or torch.accelerator.current_accelerator() or "cpu")
-        torch.empty(0, device=device)
+        return torch.empty(0, device=best).device
     except (RuntimeError, AssertionError):
-        raise InputError(f"there is no device {name} here") from None
-    return device
+        raise InputError(f"there is no device {best} here") from None
 
 def load_frozen(model_class, source, device, dtype, **options):
     """A pretrained model: by default on the accelerator, and in bfloat16 where that is fast."""
@@ -78,24 +72,22 @@ def load_frozen(model_class, source, device, dtype, **options):
 
 def load_encoder(name, device=None, dtype=None):
     """The `Encoder` of a short name, hub id or folder."""
-    source = locate(name)
-    kind = fetch(hf.AutoConfig.from_pretrained, source).model_type
+    kind = fetch(hf.AutoConfig.from_pretrained, name).model_type
     if kind == "whisper":  # without its own decoder
         encoder_only = {r"^(model\.)?encoder\.": ""}
-        model = load_frozen(WhisperEncoder, source, device, dtype, key_mapping=encoder_only)
+        model = load_frozen(WhisperEncoder, name, device, dtype, key_mapping=encoder_only)
     elif kind in ("hubert", "wav2vec2", "wavlm"):
-        model = load_frozen(hf.AutoModel, source, device, dtype)
+        model = load_frozen(hf.AutoModel, name, device, dtype)
     else:
         raise InputError(f"{name} is a {kind} model, not Whisper, HuBERT, wav2vec 2.0 or WavLM")
-    return Encoder(model, fetch(hf.AutoFeatureExtractor.from_pretrained, source)).eval()
+    return Encoder(model, fetch(hf.AutoFeatureExtractor.from_pretrained, name)).eval()
 
 def load_decoder(name, device=None, dtype=None):
     """The causal language model of a short name, hub id or folder, and its tokenizer."""
-    source = locate(name)
-    tokenizer = fetch(hf.AutoTokenizer.from_pretrained, source)
+    tokenizer = fetch(hf.AutoTokenizer.from_pretrained, name)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise InputError(f"{name} has no chat template or no end token: use an instruct model")
-    model = load_frozen(hf.AutoModelForCausalLM, source, device, dtype)
+    model = load_frozen(hf.AutoModelForCausalLM, name, device, dtype)
     for key in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
         if getattr(model.config, key, None) not in (None, 1):  # `lm_loss` does not know them
             raise InputError(f"{name} has {key}: use one with plain logits, as Qwen3")
@@ -116,7 +108,6 @@ class Encoder(nn.Module):
         self.dim = model.config.hidden_size
         self.run = self.whisper if isinstance(model, WhisperEncoder) else self.wav2vec2
 
-    @torch.no_grad()
     def forward(self, waves):
         """B arrays (samples,) -> frames (B, T, D), zero past each length, and lengths (B,)."""
         waves = [np.pad(wave, (0, max(0, 400 - len(wave)))) for wave in waves]  # a full window
@@ -337,7 +328,6 @@ class TinyAudio(nn.Module):
             tokens.update(self.tokenize(letter), self.tokenize(f" {letter}"))
         self.ctc.tokens = torch.tensor(sorted(tokens), dtype=torch.int32, device=self.device)
 
-    @torch.no_grad()
     def ctc_greedy(self, audio, counts):
         """The best class of each frame, without repeats and blanks. A token behind 5 blanks begins
         a word: the shipped model spells the first word of a sentence without a space."""
@@ -362,7 +352,6 @@ class TinyAudio(nn.Module):
         """The most tokens of each answer: 13 for 20 frames (2 s) and 10, or 200 for other tasks."""
         return [n * 13 // 20 + 10 if task == TRANSCRIBE else 200 for n in counts.tolist()]
 
-    @torch.no_grad()
     def generate(self, audio, counts, task=TRANSCRIBE, streamer=None):
         """Greedy decoding by the language model, with a streamer of transformers."""
         x, mask = self.left_pad(self.embed_prompt(audio, counts, task))
@@ -378,10 +367,9 @@ class TinyAudio(nn.Module):
         """Beam search for the best (1 - weight) log p_LM + weight log p_CTC: the language model
         knows sentences, CTC holds it to the sound (Watanabe et al. 2017). Each text tries
         `choices` next tokens, which the language model expects and some frame sounds like."""
-        log_probs = self.ctc(audio, self.embed.weight).log_softmax(-1)
-        padding = ~length_mask(counts, log_probs.shape[1])
-        log_probs[padding] = -np.inf
-        log_probs[padding, 0] = 0  # certainly blank
+        logits = self.ctc(audio, self.embed.weight)
+        logits[~length_mask(counts, logits.shape[1]), 1:] = -np.inf  # padding: certainly blank
+        log_probs = logits.log_softmax(-1)
         loudest, log_probs = log_probs[..., 1:].amax(1), log_probs.cpu().numpy()
         # R unfinished texts, at first an empty one of each clip; last is the class they end in
         clips, texts, lm = np.arange(len(audio)), [[]] * len(audio), np.zeros(len(audio))
@@ -408,8 +396,7 @@ class TinyAudio(nn.Module):
             scores = (1 - weight) * lm + weight * ctc  # (R, choices)
             rows, columns = np.nonzero(scores > best[clips, None])  # a score can only fall
             order = scores[rows, columns].argsort()[::-1]
-            kept = [order[clips[rows[order]] == clip][:beams] for clip in range(len(audio))]
-            kept = np.concatenate(kept)
+            kept = np.concatenate([order[clips[rows[order]] == i][:beams] for i in set(clips)])
             rows, columns = rows[kept], columns[kept]
             clips, lm, last = clips[rows], lm[rows, columns], classes[rows, columns]
             state = longer[rows, :, :, columns]
@@ -458,7 +445,7 @@ class TinyAudio(nn.Module):
         A token is said where its posterior, given the whole text, is highest. The gradient of the
         CTC loss is probability - posterior (Graves et al. 2006, eq. 16)."""
         total = self.ctc(audio, self.embed.weight).logsumexp(-1, keepdim=True)
-        logits = self.ctc(audio, self.embed.weight, torch.tensor(ids, device=self.device))
+        logits = self.ctc(audio, self.embed.weight, ids)
         log_probs, classes = (logits - total).detach().cpu(), torch.arange(1, len(ids) + 1)
         loss = F.ctc_loss(log_probs.requires_grad_()[:, None], classes[None], [len(audio)],
                           [len(ids)], reduction="sum", zero_infinity=True)

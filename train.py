@@ -12,8 +12,6 @@ Ctrl-C or SIGTERM saves and stops. What is in --out can be used at any time.
 """
 import argparse
 import datetime
-import functools
-import io
 import itertools
 import json
 import math
@@ -29,13 +27,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from bench import matmul_flops, model_flops, peak_memory
-from data import (SAMPLE_RATE, InputError, augment, finished_rows, first_line, is_hub_id,
-                  load_audio, make_batches, no_speech, open_stream, read_clips, stream_clips,
-                  write_file)
+from bench import matmul_flops, model_flops, peak_memory, prepare
+from data import (SAMPLE_RATE, InputError, augment, first_line, is_hub_id, load_audio,
+                  make_batches, no_speech, open_stream, read_clips, run, stream_clips, write_file)
 from eval import corpus_wer
 from tinyaudio import DECODINGS, TinyAudio
 
@@ -58,8 +54,7 @@ def parse_args(argv):
     add("--encoder", help="hubert, whisper, whisper-base (default), a hub id or a folder")
     add("--decoder", help="qwen3-8b, smollm3-3b, smollm2-135m (default), a hub id or a folder")
     add("--stack", type=int, help="encoder frames per projector frame (default 5)")
-    add("--hidden", type=int, help="width of the projector (default: twice the encoder's, "
-                                     "at most 13M parameters)")
+    add("--hidden", type=int, help="projector width (default: twice the encoder's, 13M at most)")
     add("--lora-rank", type=int, dest="lora", help="train a LoRA of the decoder too")
     add("--init-from", metavar="CKPT", help="start from a trained checkpoint")
     add("--dataset", default="loquacious", help="loquacious, librispeech, your files or folder, or "
@@ -92,15 +87,14 @@ def parse_args(argv):
         if isinstance(value, (int, float)) and not low <= value <= high:  # nor NaN
             parser.error(f"--{name.replace('_', '-')} is {value}, not from {low} to {high:g}")
     if not args.resume:
-        return args, {"step": 0, "place": {"number": 0, "position": None, "done": 0}}
+        return args, {"step": 0, "rows": [], "place": {"number": 0, "position": None, "done": 0}}
     if args != parser.parse_args(["--resume", args.resume]):
         parser.error("--resume takes no other flag: the run goes on as it was started")
     try:
         state = torch.load(Path(args.resume, "state.pt"), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds
         raise InputError(f"{args.resume} has no run to resume: {first_line(error)}") from None
-    started = {**state["args"], "out": args.resume, "resume": args.resume}
-    return argparse.Namespace(**started), state
+    return argparse.Namespace(**{**state["args"], "out": args.resume, "resume": args.resume}), state
 
 def usable(clips, model, left_out):
     """The clips to train on, with their `seconds`. left_out counts the others, by reason."""
@@ -113,14 +107,15 @@ def usable(clips, model, left_out):
     good, rate = [], model.encoder.frame_rate / model.projector.stack
     with ThreadPoolExecutor(8) as pool:
         for clip, seconds in zip(clips, pool.map(measure, clips)):
+            answer = model.tokenize_answer(clip["text"])
             if not 0.1 <= seconds <= MAX_SECONDS:
                 left_out[f"unreadable or not 0.1 to {MAX_SECONDS} s long"] += 1
-            elif not clip["text"]:
+            elif not answer:
                 left_out["without text"] += 1
-            elif len(model.tokenize_answer(clip["text"])) > seconds * rate:  # no CTC path
+            elif len(answer) > seconds * rate:  # no CTC path
                 left_out["with more text than sound"] += 1
             else:
-                good.append({**clip, "seconds": seconds})
+                good.append({**clip, "seconds": seconds, "answer": answer})
     return good
 
 def stream_windows(rows, args, model, held_out, place):
@@ -169,7 +164,7 @@ def prefetch(items):
 
 def load_data(args, model, place):
     """Endless windows of clips from a place on, and the clips to validate on."""
-    left_out, stream = Counter(), None
+    left_out, stream, rng = Counter(), None, np.random.default_rng(args.seed)
     if args.dataset in TRAINING_SETS or is_hub_id(args.dataset):
         stream = open_stream(TRAINING_SETS.get(args.dataset, args.dataset), "train")
         stream = stream.shuffle(args.seed, buffer_size=1).repeat(None)  # of files, not of clips
@@ -177,11 +172,9 @@ def load_data(args, model, place):
     else:
         clips = read_clips(args.dataset)
     clips = usable(clips, model, left_out)
+    val = rng.permutation(clips)[:min(50, len(clips) // 10 + 1)].tolist()
     if args.val:
         val = usable(read_clips(args.val), model, left_out)
-    else:
-        order = np.random.default_rng(args.seed).permutation(len(clips))
-        val = [clips[i] for i in order[:min(50, len(clips) // 10 + 1)]]
     held_out = {clip["name"] for clip in val}
     clips = [clip for clip in clips if clip["name"] not in held_out]
     seconds = sum(clip["seconds"] for clip in clips)
@@ -193,15 +186,13 @@ def load_data(args, model, place):
     if stream:  # the texts are not known yet: CTC may use every token that is made of letters
         texts = enumerate(map(model.tokenizer.decode, range(len(model.tokenizer))))
         model.set_ctc_tokens(i for i, x in texts if x.isascii() and x.strip().isalpha())
-        windows = prefetch(stream_windows(stream, args, model, held_out, place))
-        return windows, val
-    model.set_ctc_tokens(token for clip in clips for token in model.tokenize_answer(clip["text"]))
+        return prefetch(stream_windows(stream, args, model, held_out, place)), val
+    model.set_ctc_tokens(token for clip in clips for token in clip["answer"])
     clips += no_speech(min(300, round(NO_SPEECH * len(clips))), args.seed)
     size = seconds * model.encoder.frame_rate * model.encoder.dim * 2 / 1e9
     copies = min(3 if args.augment else 1, int(args.keep_frames / size))
     if copies:
         clips = [dict(clip) for clip in clips * copies]  # each with frames of its own
-        rng = np.random.default_rng(args.seed)
         for batch in tqdm(make_batches(clips, args.batch_seconds), "encoding, once", disable=None):
             for clip, x, length in zip(batch, *load_batch(model, batch, args.augment, rng)):
                 clip["frames"] = x[:length].to("cpu", torch.bfloat16, copy=True)
@@ -210,37 +201,27 @@ def load_data(args, model, place):
 def build_model(args):
     """The model of --resume, of --init-from (flags may not contradict it), or a new one."""
     asked = {key: getattr(args, key) for key in MODEL if getattr(args, key) is not None}
-    if args.resume or args.init_from:
-        source = args.resume or args.init_from
+    if source := args.resume or args.init_from:
         model = TinyAudio.from_pretrained(source, args.device, merge=False)
         for key, value in asked.items():
             if value != model.config[key]:
                 raise InputError(f"{source} has {key} {model.config[key]}, not {value}")
     else:
-        decode = "ctc" if args.ctc_steps else "greedy"
-        names = {"encoder": "whisper-base", "decoder": "smollm2-135m"}
-        model = TinyAudio(**{**names, **asked}, decode=decode, device=args.device)
+        known = {"encoder": "whisper-base", "decoder": "smollm2-135m", "decode": "ctc", **asked}
+        model = TinyAudio(**known, device=args.device)
     model.projector.mask, model.projector.dropout = args.mask, args.dropout
     model.word_dropout = args.word_dropout
-    if model.device.type == "cpu":  # the backward pass of fused attention is slow there
-        model.decoder.set_attn_implementation("eager")
-    for layer in model.decoder.base_model.layers:
-        if args.checkpointing:  # keep only the inputs of layers (Chen et al. 2016)
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-        if args.compile:
-            layer.compile(dynamic=True)
+    prepare(model, args.compile, args.checkpointing)
     return model.train()
 
 def validate(model, clips, decodings):
     """WER of the clips by each way of decoding, and the text of the first clip by the last way."""
     sounds, references = ([clip[key] for clip in clips] for key in ("audio", "text"))
-    wers = {}
     model.eval()
-    for decode in decodings:
-        texts = model.transcribe(sounds, decode)
-        wers[decode] = corpus_wer(references, texts)
+    texts = {decode: model.transcribe(sounds, decode) for decode in decodings}
     model.train()
-    return wers, texts[0]
+    wers = {decode: corpus_wer(references, found) for decode, found in texts.items()}
+    return wers, texts[decodings[-1]][0]
 
 def plot(out, rows):
     """Draw loss and WER into plot.png, if matplotlib is installed."""
@@ -264,10 +245,10 @@ def save(args, model, optimizer, rows, step, place):
     wers = next((row["wer"] for row in reversed(rows) if "wer" in row), {})  # {}: none yet
     found = [f"{wer:.2%} by {decode}" for decode, wer in wers.items()]
     model.save_pretrained(args.out, f"{step} steps. WER of validation clips: {', '.join(found)}")
-    file = io.BytesIO()
+    file = Path(args.out, "state.pt.unfinished")
     torch.save({"args": vars(args), "step": step, "place": place, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict()}, file)
-    write_file(Path(args.out, "state.pt"), file.getvalue())
+                "optimizer": optimizer.state_dict(), "rows": rows}, file)
+    file.replace(Path(args.out, "state.pt"))
 
 def schedule(step, steps):
     """Fraction of the peak learning rate: linear warm-up, then a cosine down to a twentieth."""
@@ -290,28 +271,26 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     if (out / "state.pt").exists() and not args.resume:
         raise InputError(f"{out} holds a run: go on with --resume {out}, or choose another --out")
-    log_file.touch()  # before the long work, as --out may not be writable
-    rows = [row for row in finished_rows(log_file) if row["step"] <= state["step"]]
+    rows = state["rows"]  # of the log
+    if rank == 0:  # before the long work, as --out may not be writable
+        write_file(log_file, "".join(json.dumps(row) + "\n" for row in rows))
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32
     model = build_model(args)
     windows, val = load_data(args, model, state["place"])
     steps = prefetch(make_steps(windows, model, args, state["place"]["done"], rank, world))
-    bridge = [*model.projector.parameters(), *model.ctc.parameters()]
-    parameters = [*bridge, *model.lora.parameters()]
+    parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0, fused=True)
     if args.resume:
         model.load_state_dict(state["model"])  # in float32
         optimizer.load_state_dict(state["optimizer"])
     elif rank == 0:  # from here on the run can be resumed
-        save(args, model, optimizer, rows, **state)
+        save(args, model, optimizer, **state)
     dtype = model.embed.weight.dtype
     peak = matmul_flops(model.device, dtype) * world
     print(f"{model.config['encoder']} -> {sum(p.numel() for p in parameters) / 1e6:.2f}M trained "
           f"-> {model.config['decoder']}, {dtype}, {model.device} x {world} at {peak / 1e12:.2f} "
           f"TFLOP/s, {len(model.ctc.tokens)} CTC tokens")
-    if rank == 0:
-        write_file(log_file, "".join(json.dumps(row) + "\n" for row in rows))
     if args.wandb and rank == 0:
         import wandb
         wandb.init(project=args.wandb, config=vars(args), dir=out)
@@ -342,8 +321,6 @@ def main(argv=None):
         # Batches of this step, made while the last step ran
         place, batches = next(steps)
         clips = [clip for _, _, batch in batches for clip in batch]
-        for clip in clips:
-            clip["answer"] = model.tokenize_answer(clip["text"])
 
         # Forward and backward. Losses are sums over tokens; the gradient is divided at the end
         torch.manual_seed(hash((args.seed, step, rank)))  # --resume drops out the same units
@@ -356,25 +333,23 @@ def main(argv=None):
                 loss, parts = model.loss(frames, lengths, answers, *weights)
             loss.backward()
             counts.update(parts, flops=model_flops(model, batch, *weights))
-        trained = bridge if phase == 1 else parameters
-        for p in trained:
+        for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # not in this step's loss
         if world > 1:
             values = torch.tensor([float(x) for x in counts.values()], device=model.device)
-            for x in (values, *(p.grad for p in trained)):
+            for x in (values, *(p.grad for p in parameters)):
                 dist.all_reduce(x)
             counts = dict(zip(counts, values.tolist()))
-        for p in trained:
+        for p in parameters:
             p.grad /= counts["tokens"]
 
         # Clip and step
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-        if math.isfinite(norm):
-            bad_steps = 0
+        bad_steps = 0 if math.isfinite(norm) else bad_steps + 1
+        if not bad_steps:
             optimizer.step()
             sums.update(counts)
         else:
-            bad_steps += 1
             print(f"train.py: step {step} is skipped, its loss or gradient is not finite: "
                   + ", ".join(clip["name"] for clip in clips), file=sys.stderr)
             if bad_steps == 5:
@@ -398,9 +373,8 @@ def main(argv=None):
         # Validate and save
         if rank == 0 and check:  # the other processes wait in all_reduce
             if not counts["stop"]:
-                decodings = DECODINGS if phase == 2 else ("ctc",)
                 with torch.compiler.set_stance("force_eager"):  # decoding has other shapes
-                    wers, text = validate(model, val, decodings)
+                    wers, text = validate(model, val, DECODINGS if phase == 2 else ("ctc",))
                 model.config["decode"] = min(wers, key=wers.get)
                 log({"step": step, "phase": phase, "wer": wers})
                 plot(out, rows)
@@ -416,11 +390,9 @@ def main(argv=None):
     return 0
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows a line when it is written
     try:
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows a line when it is written
-        sys.exit(main())
-    except (InputError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        run(main)
     except torch.OutOfMemoryError:
         sys.exit("train.py: out of memory: lower --batch-seconds and raise --accumulate, or use "
                  "--checkpointing; --resume goes on from the last checkpoint")

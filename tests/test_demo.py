@@ -33,7 +33,7 @@ def test_a_missing_gradio_is_one_line(tmp_path):
 
 def test_the_picture_shows_what_ctc_spells_and_the_words(model):
     pytest.importorskip("matplotlib")
-    waveform, probabilities, words = draw_hearing(model, load_audio(CLIP)).axes
+    waveform, probabilities, words = draw_hearing(model, 1, CLIP).axes
     assert len(waveform.lines[0].get_xdata()) == len(load_audio(CLIP))
     peaks = [line.get_ydata().max() for line in probabilities.lines]
     assert len(peaks) == len(probabilities.texts) >= 4 and 0.3 < min(peaks) <= max(peaks) <= 1

@@ -132,7 +132,7 @@ def test_a_long_file_is_printed_while_it_is_read(say, tmp_path, capsys, monkeypa
     printed = []
     monkeypatch.setattr(sample, "read_audio", read)
     rest = say(write(tmp_path / "a.wav", 99))[1]
-    assert len(printed) == 10 and "".join(printed[:8]).strip() and rest
+    assert len(printed) == 11 and "".join(printed[:8]).strip() and rest
 
 @pytest.fixture
 def judge(tmp_path, monkeypatch, capsys):
@@ -288,9 +288,9 @@ for command in sys.argv[1:]:
         assert line.startswith(command.split()[0] + ": ") and "missing" in line
 
 def test_the_project_stays_small():
-    limits = {"data.py": 279, "offline.py": 120, "tinyaudio.py": 514, "train.py": 426,
-              "sample.py": 182, "eval.py": 219, "demo.py": 139, "bench.py": 241,
-              "*.py": 2120, "tests/*.py": 1371, "README.md": 220}
+    limits = {"data.py": 279, "offline.py": 120, "tinyaudio.py": 501, "train.py": 398,
+              "sample.py": 174, "eval.py": 209, "demo.py": 133, "bench.py": 236,
+              "*.py": 2050, "tests/*.py": 1374, "README.md": 220}
     faults, sizes = [], {}
     for pattern, limit in limits.items():
         text = "".join(path.read_text("utf-8") for path in ROOT.glob(pattern))
@@ -301,4 +301,4 @@ def test_the_project_stays_small():
             faults += [f"{pattern}, two statements: {token.line}" for token in
                        tokenize.generate_tokens(io.StringIO(text).readline) if token.string == ";"]
     assert {path.name for path in ROOT.glob("*.py")} < limits.keys() and not faults, faults
-    assert sizes["*.py"] <= 114_700 and sizes["README.md"] <= 14_000, sizes
+    assert sizes["*.py"] <= 112_300 and sizes["README.md"] <= 14_000, sizes
