@@ -34,17 +34,18 @@ BENCHMARKS = {  # on the Hub
     **{name: f"{ASR}:{name}:test" for name in
        ("ami", "earnings22", "gigaspeech", "spgispeech", "tedlium", "voxpopuli")},
 }
-NORMALIZERS = {"english": EnglishTextNormalizer(), "basic": BasicTextNormalizer(),
-               "none": lambda text: " ".join(text.split())}
+NORMALIZERS = {"english": EnglishTextNormalizer(), "basic": BasicTextNormalizer(), "none": str}
 PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u2026": " "})  # quotes and the ellipsis
 SHUFFLED = 1000  # clips of a stream among which --max-samples draws
 COUNTS = ("errors", "words", "substitutions", "deletions", "insertions")
 
+def normalize(text, normalizer):
+    return NORMALIZERS[normalizer](text.translate(PLAIN))
+
 def score(reference, hypothesis, normalizer="english"):
     """Counts of one clip; zeros for an empty reference, or one that TED-LIUM does not score."""
     ignored = reference.replace("_", " ").lower().strip() == "ignore time segment in scoring"
-    reference, hypothesis = (NORMALIZERS[normalizer](text.translate(PLAIN))
-                             for text in (reference, hypothesis))
+    reference, hypothesis = (normalize(text, normalizer) for text in (reference, hypothesis))
     if ignored or not reference.strip():
         return dict.fromkeys(COUNTS, 0)
     found = jiwer.process_words(reference, hypothesis)
@@ -166,7 +167,7 @@ def report(args, rows, facts, out):
         f"\n{row['name']}\nRef:  {row['reference']}\nPred: {row['hypothesis']}\n" for row in rows))
     scored = sorted((row for row in rows if row["words"]), key=lambda row: -wer([row]))
     for row in scored[:args.worst]:
-        texts = [NORMALIZERS[args.normalizer](row[key]) for key in ("reference", "hypothesis")]
+        texts = [normalize(row[key], args.normalizer) for key in ("reference", "hypothesis")]
         words = jiwer.visualize_alignment(jiwer.process_words(*texts), show_measures=False,
                                           skip_correct=False)
         print(f"\n{row['name']}, WER {wer([row]):.0%}\n{words}")

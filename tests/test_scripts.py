@@ -289,8 +289,8 @@ for command in sys.argv[1:]:
 
 def test_the_project_stays_small():
     limits = {"data.py": 279, "offline.py": 120, "tinyaudio.py": 501, "train.py": 398,
-              "sample.py": 174, "eval.py": 209, "demo.py": 133, "bench.py": 236,
-              "*.py": 2050, "tests/*.py": 1374, "README.md": 220}
+              "sample.py": 174, "eval.py": 210, "demo.py": 133, "bench.py": 236,
+              "*.py": 2051, "tests/*.py": 1374, "README.md": 220}
     faults, sizes = [], {}
     for pattern, limit in limits.items():
         text = "".join(path.read_text("utf-8") for path in ROOT.glob(pattern))
@@ -301,4 +301,4 @@ def test_the_project_stays_small():
             faults += [f"{pattern}, two statements: {token.line}" for token in
                        tokenize.generate_tokens(io.StringIO(text).readline) if token.string == ";"]
     assert {path.name for path in ROOT.glob("*.py")} < limits.keys() and not faults, faults
-    assert sizes["*.py"] <= 112_300 and sizes["README.md"] <= 14_000, sizes
+    assert sizes["*.py"] <= 112_320 and sizes["README.md"] <= 14_000, sizes
