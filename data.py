@@ -35,7 +35,7 @@ def run(main):
     """Call the main() of a script: what the user can mend is one line, and exit status 1."""
     try:
         sys.exit(main())
-    except (InputError, OSError) as error:
+    except (InputError, OSError, ModuleNotFoundError) as error:  # gradio and wandb are optional
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 def load_audio(source, sample_rate=SAMPLE_RATE):

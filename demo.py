@@ -109,10 +109,7 @@ def main(argv=None):
     add("--max-minutes", type=float, default=10, help="longest sound")
     add("--device", help="cuda, mps or cpu")
     args = parser.parse_args(argv)
-    try:
-        import gradio as gr
-    except ImportError as error:
-        raise InputError(f"{error}: pip install gradio") from None
+    import gradio as gr
     model = TinyAudio.from_pretrained(args.model, args.device)
     gr.set_static_paths([ASSETS / "quickstart"])  # a copy would be deleted
     clips = read_clips(str(ASSETS / "quickstart" / "test.jsonl"))[::21]
