@@ -88,7 +88,7 @@ def read_file(file):
     rest = len(file.read())
     if not count:
         raise ValueError("no sound in it (0 samples)")
-    wrong_length = rest > 4096 and sound.format in ("MP3", "FLAC")  # more than tags
+    wrong_length = rest > 4096 and sound.format in ("MP3", "FLAC")  # tags are shorter
     if count < 0.99 * sound.frames or wrong_length:
         raise ValueError(f"only {count / rate:.1f} of {sound.frames / rate:.1f} s can be read, and "
                          f"{rest} bytes follow")
@@ -255,7 +255,7 @@ def augment(wave, rng, share, max_seconds):
     return wave
 
 def no_speech(count, seed):
-    """`count` clips of noise and tones, 1 to 12 s: from them the model learns to stay silent."""
+    """`count` clips of noise and tones, 1 to 12 s, without a text and without tokens (answer)."""
     rng, clips = np.random.default_rng(seed), []
     for number in range(count):
         size = int(rng.uniform(1, 12) * SAMPLE_RATE)

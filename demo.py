@@ -120,9 +120,9 @@ def main(argv=None):
                     example_labels=[clip["text"] for clip in clips])
         prompt = gr.Textbox(label="Prompt (Enter runs it)", placeholder=TRANSCRIBE)
         text, below = gr.Textbox(label="Text", buttons=["copy"]), gr.HTML()
-        text_shown = gr.on([audio.change, prompt.submit], partial(listen, model, args.max_minutes),
-                    [audio, prompt], [text, below], show_progress_on=text)
-        text_shown.then(partial(draw_hearing, model, args.max_minutes), audio, gr.Plot(label="CTC"))
+        shown = gr.on([audio.change, prompt.submit], partial(listen, model, args.max_minutes),
+                      [audio, prompt], [text, below], show_progress_on=text)
+        shown.then(partial(draw_hearing, model, args.max_minutes), audio, gr.Plot(label="CTC"))
     page.launch(server_name=args.host, server_port=args.port, share=args.share, css=CSS,
                 theme=gr.themes.Default(font="system-ui"), footer_links=[], run_history=False)
 

@@ -40,7 +40,7 @@ NAMES = {  # whisper-base and smollm2-135m are in offline.py
 }
 
 def fetch(load, name, **options):
-    """load() of a short name, hub id or folder, with its errors as InputError."""
+    """load(source) of a short name, hub id or folder, with its errors as InputError."""
     known = [*NAMES, *offline.PACKAGES]
     if name not in known and not Path(name).is_dir() and not is_hub_id(name):
         raise InputError(f"{name} is no folder, no hub id and none of {', '.join(known)}")
@@ -58,16 +58,16 @@ def find_device(name=None):
     except (RuntimeError, AssertionError):
         raise InputError(f"there is no device {best} here") from None
 
-def load_frozen(model_class, source, device, dtype, **options):
+def load_frozen(model_class, name, device, dtype, **options):
     """A pretrained model: by default on the accelerator, and in bfloat16 where that is fast."""
     device = find_device(device)
     fast = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16")
     dtype = dtype or (torch.bfloat16 if fast else torch.float32)
-    model, report = fetch(model_class.from_pretrained, source, dtype=dtype,
+    model, report = fetch(model_class.from_pretrained, name, dtype=dtype,
                           output_loading_info=True, **options)
-    missing = [name for name in report["missing_keys"] if "masked_spec_embed" not in name]
+    missing = [key for key in report["missing_keys"] if "masked_spec_embed" not in key]
     if missing:  # they would be random
-        raise InputError(f"{source} lacks {len(missing)} weights, such as {min(missing)}")
+        raise InputError(f"{name} lacks {len(missing)} weights, such as {min(missing)}")
     return model.eval().requires_grad_(False).to(device)
 
 def load_encoder(name, device=None, dtype=None):

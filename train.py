@@ -97,7 +97,7 @@ def parse_args(argv):
     return argparse.Namespace(**{**state["args"], "out": args.resume, "resume": args.resume}), state
 
 def usable(clips, model, left_out):
-    """The clips to train on, with their `seconds`. left_out counts the others, by reason."""
+    """Clips to train on, with `seconds` and `answer` (token ids). left_out counts the others."""
     def measure(clip):  # by decoding it: headers may be wrong
         try:
             return len(load_audio(clip["audio"])) / SAMPLE_RATE
@@ -207,8 +207,8 @@ def build_model(args):
             if value != model.config[key]:
                 raise InputError(f"{source} has {key} {model.config[key]}, not {value}")
     else:
-        known = {"encoder": "whisper-base", "decoder": "smollm2-135m", "decode": "ctc", **asked}
-        model = TinyAudio(**known, device=args.device)
+        config = {"encoder": "whisper-base", "decoder": "smollm2-135m", "decode": "ctc", **asked}
+        model = TinyAudio(**config, device=args.device)
     model.projector.mask, model.projector.dropout = args.mask, args.dropout
     model.word_dropout = args.word_dropout
     prepare(model, args.compile, args.checkpointing)
@@ -245,7 +245,7 @@ def save(args, model, optimizer, rows, step, place):
     wers = next((row["wer"] for row in reversed(rows) if "wer" in row), {})  # {}: none yet
     found = [f"{wer:.2%} by {decode}" for decode, wer in wers.items()]
     model.save_pretrained(args.out, f"{step} steps. WER of validation clips: {', '.join(found)}")
-    file = Path(args.out, "state.pt.unfinished")
+    file = Path(args.out, "state.pt.unfinished")  # as `write_file`, without a copy in memory
     torch.save({"args": vars(args), "step": step, "place": place, "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(), "rows": rows}, file)
     file.replace(Path(args.out, "state.pt"))
