@@ -101,13 +101,19 @@ def plan(args):
     seconds, rate = args.batch_seconds[0], 10 + 3.3 + 3  # per second: frames, tokens, prompt
     widths = [getattr(layer, "out_features", 0) for layer in decoder.base_model.modules()]
     # An output of a linear layer leaves about 4.2 bytes, a logit 10.
-    activations = seconds * (rate * 4.23 * sum(widths) + 3.3 * 10 * decoder.config.vocab_size)
+    per_position, flops_per_weight = 4.23 * sum(widths), 4
+    if args.checkpointing:  # one layer and the inputs of all are kept, and layers run again
+        layers = decoder.config.num_hidden_layers
+        per_position = per_position / layers + 2 * layers * decoder.config.hidden_size
+        flops_per_weight = 6
+    activations = seconds * (rate * per_position + 3.3 * 10 * decoder.config.vocab_size)
     memory = {"frozen weights": 2 * (n_encoder + n_decoder),
               "projector and AdamW": 16 * n_projector, "activations": activations, "CUDA": 2e9}
     total, parts = sum(memory.values()), [f"{name} {x / 1e9:.1f}" for name, x in memory.items()]
     vocabulary = decoder.get_input_embeddings().weight.numel()
     body = parameters(decoder.base_model) - vocabulary
-    flops = 2 * 50 * n_encoder + 6 * 10 * n_projector + 4 * (rate * body + 3.3 * vocabulary)
+    flops = 2 * 50 * n_encoder + 6 * 10 * n_projector + 4 * 3.3 * vocabulary
+    flops += flops_per_weight * rate * body
     print(f"{args.encoder} {n_encoder / 1e6:.0f}M -> projector {n_projector / 1e6:.2f}M (hidden "
           f"{projector.hidden}) -> {args.decoder} {n_decoder / 1e6:.0f}M: "
           f"{n_projector / (n_encoder + n_projector + n_decoder):.2%} is trained\n"

@@ -91,6 +91,9 @@ def load_decoder(name, device=None, dtype=None):
     for key in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
         if getattr(model.config, key, None) not in (None, 1):  # `lm_loss` does not know them
             raise InputError(f"{name} has {key}: use one with plain logits, as Qwen3")
+    # For the last position alone, a strided view, PyTorch would copy the weights for each clip.
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda head, inputs: inputs[0].contiguous())
     return model, tokenizer
 
 def length_mask(lengths, size):
@@ -246,7 +249,6 @@ class TinyAudio(nn.Module):
         self.lora = nn.ModuleDict({name.replace(".", "-"): LoRA(layer, lora)
                                    for name, layer in layers if isinstance(layer, nn.Linear)})
         self.to(self.device)
-        self.word_dropout = 0.0  # share of answer tokens hidden from the decoder, in training
         self.config = dict(encoder=encoder, decoder=decoder, stack=stack,
                            hidden=self.projector.hidden, lora=lora, decode=decode)
 
@@ -301,9 +303,6 @@ class TinyAudio(nn.Module):
         """Cross-entropy of the answers and their end tokens, given the audio."""
         prompts = self.embed_prompt(audio, counts)
         words = [self.embed_ids(answer) for answer in answers]
-        if self.training and self.word_dropout:  # listen, do not only guess (Bowman et al. 2016)
-            words = [x * (torch.rand(len(x), 1, device=self.device) >= self.word_dropout)
-                     for x in words]
         # Padding on the right needs no mask: causal attention never looks there.
         x = pad_sequence([torch.cat(row) for row in zip(prompts, words)], batch_first=True)
         x = self.decoder.base_model(inputs_embeds=x, use_cache=False).last_hidden_state
@@ -467,6 +466,8 @@ class TinyAudio(nn.Module):
     def from_pretrained(cls, name, device=None, dtype=None, merge=True):
         """A trained model of a folder or the Hub. merge=False keeps LoRA apart, to train it on."""
         local = Path(name).is_dir()
+        if not local and not is_hub_id(str(name)):
+            raise InputError(f"{name} is no folder and no hub id of a checkpoint")
         folder = Path(name if local else fetch(huggingface_hub.snapshot_download, str(name)))
         try:
             config = json.loads((folder / "config.json").read_text())

@@ -43,7 +43,7 @@ MAX_SECONDS = 30  # longer clips are left out
 NO_SPEECH = 0.03  # fraction of clips that are added: noise and tones, with an empty text
 WINDOW = 1000  # clips of a stream that are shuffled and batched together
 AT_LEAST_1 = ("stack", "hidden", "batch_seconds", "accumulate", "log_every", "eval_every")
-FRACTIONS = ("mask", "dropout", "word_dropout", "augment")
+FRACTIONS = ("mask", "dropout", "augment")
 MODEL = ("encoder", "decoder", "stack", "hidden", "lora")  # flags of the model
 
 def parse_args(argv):
@@ -70,7 +70,6 @@ def parse_args(argv):
     add("--ctc-weight", type=float, default=0.1, help="weight of the CTC loss in phase 2")
     add("--mask", type=float, default=0.15, help="fraction of stacked frames masked")
     add("--dropout", type=float, default=0.15, help="in the projector")
-    add("--word-dropout", type=float, default=0, help="fraction of answer tokens hidden")
     add("--augment", type=float, default=0, help="fraction of clips with other speed, noise")
     add("--compile", action="store_true", help="compile the decoder")
     add("--checkpointing", action="store_true", help="less memory, a third slower")
@@ -210,7 +209,6 @@ def build_model(args):
         config = {"encoder": "whisper-base", "decoder": "smollm2-135m", "decode": "ctc", **asked}
         model = TinyAudio(**config, device=args.device)
     model.projector.mask, model.projector.dropout = args.mask, args.dropout
-    model.word_dropout = args.word_dropout
     prepare(model, args.compile, args.checkpointing)
     return model.train()
 
@@ -280,6 +278,7 @@ def main(argv=None):
     windows, val = load_data(args, model, state["place"])
     steps = prefetch(make_steps(windows, model, args, state["place"]["done"], rank, world))
     parameters = list(model.parameters())
+    bridge = [*model.projector.parameters(), *model.ctc.parameters()]  # all that phase 1 trains
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0, fused=True)
     if args.resume:
         model.load_state_dict(state["model"])  # in float32
@@ -333,18 +332,19 @@ def main(argv=None):
                 loss, parts = model.loss(frames, lengths, answers, *weights)
             loss.backward()
             counts.update(parts, flops=model_flops(model, batch, *weights))
-        for p in parameters:
+        trained = bridge if phase == 1 else parameters
+        for p in trained:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # not in this step's loss
         if world > 1:
             values = torch.tensor([float(x) for x in counts.values()], device=model.device)
-            for x in (values, *(p.grad for p in parameters)):
+            for x in (values, *(p.grad for p in trained)):
                 dist.all_reduce(x)
             counts = dict(zip(counts, values.tolist()))
-        for p in parameters:
+        for p in trained:
             p.grad /= counts["tokens"]
 
         # Clip and step
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
         bad_steps = 0 if math.isfinite(norm) else bad_steps + 1
         if not bad_steps:
             optimizer.step()

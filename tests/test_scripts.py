@@ -252,6 +252,10 @@ def test_what_bench_prints(talker, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert re.search(r"\b962M\b.* 12\.94M .* 8191M\b.* 0\.14%", printed)
     assert re.search(r"4090.* no \|\n.*A40.* yes \|\n.*A100.* yes \|\n.*H100.* yes \|", printed)
+    bench.main(["--plan", "--checkpointing"])
+    less = capsys.readouterr().out
+    assert re.search(r"4090.* yes \|", less)
+    assert re.search(r"(\d+) GFLOP", less)[1] > re.search(r"(\d+) GFLOP", printed)[1]
 
 @pytest.mark.parametrize("encoder", ["hubert", "whisper"])
 def test_bench_of_random_weights(encoder, capsys, monkeypatch):
@@ -290,9 +294,9 @@ for command in sys.argv[1:]:
         assert line.startswith(command.split()[0] + ": ") and "missing" in line
 
 def test_the_project_stays_small():
-    limits = {"data.py": 279, "offline.py": 120, "tinyaudio.py": 501, "train.py": 398,
-              "sample.py": 174, "eval.py": 210, "demo.py": 130, "bench.py": 236,
-              "*.py": 2048, "tests/*.py": 1375, "README.md": 220}
+    limits = {"data.py": 279, "offline.py": 120, "tinyaudio.py": 502, "train.py": 398,
+              "sample.py": 174, "eval.py": 210, "demo.py": 130, "bench.py": 242,
+              "*.py": 2055, "tests/*.py": 1382, "README.md": 220}
     faults, sizes = [], {}
     for pattern, limit in limits.items():
         text = "".join(path.read_text("utf-8") for path in ROOT.glob(pattern))
@@ -303,4 +307,4 @@ def test_the_project_stays_small():
             faults += [f"{pattern}, two statements: {token.line}" for token in
                        tokenize.generate_tokens(io.StringIO(text).readline) if token.string == ";"]
     assert {path.name for path in ROOT.glob("*.py")} < limits.keys() and not faults, faults
-    assert sizes["*.py"] <= 112_320 and sizes["README.md"] <= 14_000, sizes
+    assert sizes["*.py"] <= 112_700 and sizes["README.md"] <= 14_000, sizes

@@ -93,6 +93,8 @@ def test_a_run_that_is_stopped_or_killed_goes_on(train_flags, trained, tmp_path,
     assert process.wait() == (-9 if kill else 143), rest
     assert kill or f"--resume {tmp_path}" in rest
     assert len(losses(tmp_path)) < 16
+    state = torch.load(tmp_path / "state.pt")
+    assert len(state["optimizer"]["state"]) == 7  # phase 1 does not touch the LoRA
     with open(tmp_path / "log.jsonl", "a") as file:  # what a crash may leave
         file.write('{"step": 15, "loss": 0.0, "lr": 0.0, "norm": 0.0}\n{"step": 16, "lo')
     assert train.main(["--resume", str(tmp_path)]) == 0
