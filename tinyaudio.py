@@ -91,9 +91,9 @@ def load_decoder(name, device=None, dtype=None):
     for key in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
         if getattr(model.config, key, None) not in (None, 1):  # `lm_loss` does not know them
             raise InputError(f"{name} has {key}: use one with plain logits, as Qwen3")
-    # For the last position alone, a strided view, PyTorch would copy the weights for each clip.
+    # The last position of each prompt is a strided view: `F.linear` would copy its weights.
     head = model.get_output_embeddings()
-    head.register_forward_pre_hook(lambda head, inputs: inputs[0].contiguous())
+    head.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous())
     return model, tokenizer
 
 def length_mask(lengths, size):

@@ -172,6 +172,16 @@ def test_greedy_equals_transformers_one_by_one(toys, decoder):
                 max_new_tokens=limit, eos_token_id=end, do_sample=False)[0].tolist()
             assert answer == [token for token in found if token != end]
 
+def test_decoding_never_hands_a_strided_view_to_the_last_layer(toys):
+    """PyTorch would copy the weights of the layer for every clip of the batch."""
+    model, seen = build(toys), []
+    model.decoder.get_output_embeddings().register_forward_hook(
+        lambda head, inputs, output: seen.append(inputs[0].is_contiguous()))
+    batch = model.encode(WAVES)
+    model.generate(*batch)
+    model.joint(*batch)
+    assert len(seen) > 2 and all(seen)
+
 def test_prefix_scores_sum_over_all_that_begins_with_a_text():
     log_probs = np.log(np.random.default_rng(0).dirichlet(np.ones(4), 5))
     totals, blanks = paths_of(log_probs), log_probs[:, 0].cumsum()

@@ -255,7 +255,8 @@ def test_what_bench_prints(talker, capsys, monkeypatch):
     bench.main(["--plan", "--checkpointing"])
     less = capsys.readouterr().out
     assert re.search(r"4090.* yes \|", less)
-    assert re.search(r"(\d+) GFLOP", less)[1] > re.search(r"(\d+) GFLOP", printed)[1]
+    flops = [int(re.search(r"(\d+) GFLOP", text)[1]) for text in (printed, less)]
+    assert 1.3 < flops[1] / flops[0] < 1.5  # a third pass through the decoder
 
 @pytest.mark.parametrize("encoder", ["hubert", "whisper"])
 def test_bench_of_random_weights(encoder, capsys, monkeypatch):
@@ -296,7 +297,7 @@ for command in sys.argv[1:]:
 def test_the_project_stays_small():
     limits = {"data.py": 279, "offline.py": 120, "tinyaudio.py": 502, "train.py": 398,
               "sample.py": 174, "eval.py": 210, "demo.py": 130, "bench.py": 242,
-              "*.py": 2055, "tests/*.py": 1382, "README.md": 220}
+              "*.py": 2055, "tests/*.py": 1393, "README.md": 220}
     faults, sizes = [], {}
     for pattern, limit in limits.items():
         text = "".join(path.read_text("utf-8") for path in ROOT.glob(pattern))
