@@ -9,7 +9,9 @@ The file follows the sound. Shapes: B clips, T encoder frames (50 per second), N
 (10 per second), D encoder width, d decoder width, V CTC tokens.
 """
 import json
+import shutil
 import string
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -28,7 +30,8 @@ from data import (SAMPLE_RATE, InputError, first_line, is_hub_id, make_batches, 
                   split_audio, write_file)
 
 hf.logging.set_verbosity_error()
-hf.logging.disable_progress_bar()
+hf.logging.disable_progress_bar()  # of loading; those of downloads stay
+huggingface_hub.utils.enable_progress_bars()
 
 NAMES = {  # whisper-base and smollm2-135m are in offline.py
     "hubert": "facebook/hubert-xlarge-ls960-ft",
@@ -53,6 +56,9 @@ def fetch(load, name, **options):
 def find_device(name=None):
     """The torch.device of a name; without one the accelerator, or the CPU. Raises InputError."""
     best = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    if not name and best == "cpu" and torch.version.cuda and shutil.which("nvidia-smi"):
+        raise InputError(f"torch {torch.__version__} does not see the GPU of this machine: it needs "
+                         "a newer driver, or another torch (README); --device cpu does without")
     try:
         return torch.empty(0, device=best).device
     except (RuntimeError, AssertionError):
@@ -61,6 +67,8 @@ def find_device(name=None):
 def load_frozen(model_class, name, device, dtype, **options):
     """A pretrained model: by default on the accelerator, and in bfloat16 where that is fast."""
     device = find_device(device)
+    if name not in offline.PACKAGES:  # it may take long
+        print(f"loading {NAMES.get(name, name)}", file=sys.stderr)
     fast = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16")
     dtype = dtype or (torch.bfloat16 if fast else torch.float32)
     model, report = fetch(model_class.from_pretrained, name, dtype=dtype,
@@ -68,6 +76,7 @@ def load_frozen(model_class, name, device, dtype, **options):
     missing = [key for key in report["missing_keys"] if "masked_spec_embed" not in key]
     if missing:  # they would be random
         raise InputError(f"{name} lacks {len(missing)} weights, such as {min(missing)}")
+    model.name_or_path = name  # as the user typed it
     return model.eval().requires_grad_(False).to(device)
 
 def load_encoder(name, device=None, dtype=None):
@@ -87,18 +96,28 @@ def load_decoder(name, device=None, dtype=None):
     tokenizer = fetch(hf.AutoTokenizer.from_pretrained, name)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise InputError(f"{name} has no chat template or no end token: use an instruct model")
-    model = load_frozen(hf.AutoModelForCausalLM, name, device, dtype)
+    config = fetch(hf.AutoConfig.from_pretrained, name)
     for key in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
-        if getattr(model.config, key, None) not in (None, 1):  # `lm_loss` does not know them
+        if getattr(config, key, None) not in (None, 1):  # `lm_loss` does not know them
             raise InputError(f"{name} has {key}: use one with plain logits, as Qwen3")
+    with torch.device("meta"):  # its shape, before its weights are fetched
+        shape = hf.AutoModelForCausalLM.from_config(config)
+    if not hasattr(shape.base_model, "layers"):
+        raise InputError(f"{name} is a {config.model_type} model, which is built otherwise than "
+                         "Llama, Qwen3 and SmolLM3: use one with `layers`")
+    if not device and find_device().type == "cpu" and shape.num_parameters() > 1e9:
+        raise InputError(f"{name} has {shape.num_parameters() / 1e9:.1f} billion parameters, and "
+                         "torch sees no GPU here: --device cpu runs it all the same, slowly")
+    model = load_frozen(hf.AutoModelForCausalLM, name, device, dtype)
     # The last position of each prompt is a strided view: `F.linear` would copy its weights.
     head = model.get_output_embeddings()
     head.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous())
+    model.generation_config = hf.GenerationConfig()  # plain: its own may punish repeats
     return model, tokenizer
 
-def length_mask(lengths, size):
-    """lengths (B,) -> bool mask (B, size), true before each length."""
-    return torch.arange(size, device=lengths.device) < lengths[:, None]
+def length_mask(lengths, size, device):
+    """lengths (B,) -> bool mask (B, size) on the device, true before each length."""
+    return (torch.arange(size) < lengths[:, None]).to(device)
 
 class Encoder(nn.Module):
     """A frozen audio encoder. Each clip keeps its true length, without Whisper's 30 s of padding,
@@ -109,45 +128,53 @@ class Encoder(nn.Module):
         super().__init__()
         self.model, self.extractor = model, extractor
         self.dim = model.config.hidden_size
-        self.run = self.whisper if isinstance(model, WhisperEncoder) else self.wav2vec2
+        self.is_whisper = isinstance(model, WhisperEncoder)
 
     def forward(self, waves):
         """B arrays (samples,) -> frames (B, T, D), zero past each length, and lengths (B,)."""
-        waves = [np.pad(wave, (0, max(0, 400 - len(wave)))) for wave in waves]  # a full window
+        return self.encode([self.features(wave) for wave in waves])
+
+    def features(self, wave):
+        """wave (samples,) -> what the model takes: the log-mel spectrogram (100 per second, mels)
+        for Whisper, the samples (samples,) for the others."""
+        wave = np.pad(wave, (0, max(0, 400 - len(wave))))  # a full window
+        found = self.extractor(wave, sampling_rate=SAMPLE_RATE, padding="do_not_pad",
+                               return_tensors="pt")
+        return found.input_features[0].T if self.is_whisper else found.input_values[0]
+
+    def encode(self, features):
+        """B tensors of `features` -> frames (B, T, D), and lengths (B,), which stay on the CPU:
+        they are known before the device is asked."""
         if getattr(self.model.config, "feat_extract_norm", "") == "group":  # it counts padding
-            frames, lengths = zip(*(self.run([wave]) for wave in waves))
+            frames, lengths = zip(*(self.wav2vec2([clip]) for clip in features))
             return pad_sequence([clip[0] for clip in frames], True), torch.cat(lengths)
-        frames, lengths = self.run(waves)
-        return frames * length_mask(lengths, frames.shape[1])[..., None], lengths
+        frames, lengths = (self.whisper if self.is_whisper else self.wav2vec2)(features)
+        return frames * length_mask(lengths, frames.shape[1], frames.device)[..., None], lengths
 
-    def mel(self, wave):
-        """wave (samples,) -> log-mel spectrogram (100 per second, mels)."""
-        return self.extractor(wave, sampling_rate=SAMPLE_RATE, padding="do_not_pad",
-                              return_tensors="pt").input_features[0].T
-
-    def whisper(self, waves):
+    def whisper(self, mels):
         """`WhisperEncoder.forward` at any length up to 30 s (Radford et al. 2022)."""
-        model, mels = self.model, [self.mel(wave) for wave in waves]
-        mel_lengths = torch.tensor([len(mel) for mel in mels], device=model.device)
-        mel = pad_sequence(mels, batch_first=True).to(model.device, model.dtype)
+        model, device = self.model, self.model.device
+        mel_lengths = torch.tensor([len(mel) for mel in mels])
+        mel = pad_sequence(mels, batch_first=True).to(device, model.dtype)
         x = F.gelu(model.conv1(mel.transpose(1, 2)))
         # conv2 looks one frame past the end, where a clip alone would have zeros.
-        x = x * length_mask(mel_lengths, x.shape[2])[:, None]
+        x = x * length_mask(mel_lengths, x.shape[2], device)[:, None]
         x = F.gelu(model.conv2(x)).transpose(1, 2)
         x = x + model.embed_positions.weight[:x.shape[1]]
         lengths = (mel_lengths + 1) // 2
-        mask = create_bidirectional_mask(model.config, x, length_mask(lengths, x.shape[1]))
+        mask = length_mask(lengths, x.shape[1], device)
+        mask = create_bidirectional_mask(model.config, x, mask)
         for layer in model.layers:
             x = layer(x, mask)
         return model.layer_norm(x), lengths
 
     def wav2vec2(self, waves):
         """HuBERT, wav2vec 2.0 and WavLM take raw samples and their mask."""
-        inputs = self.extractor(waves, sampling_rate=SAMPLE_RATE, padding=True,
-                                return_attention_mask=True, return_tensors="pt")
-        inputs = inputs.to(self.model.device, self.model.dtype)
-        lengths = self.model._get_feat_extract_output_lengths(inputs.attention_mask.sum(1))
-        return self.model(**inputs).last_hidden_state, lengths
+        sizes = torch.tensor([len(wave) for wave in waves])
+        x = pad_sequence(waves, batch_first=True).to(self.model.device, self.model.dtype)
+        mask = length_mask(sizes, x.shape[1], x.device).long()
+        lengths = self.model._get_feat_extract_output_lengths(sizes)
+        return self.model(x, attention_mask=mask).last_hidden_state, lengths
 
 class Projector(nn.Module):
     """The trained bridge: stack k frames -> RMSNorm -> Linear -> GELU -> Linear -> RMSNorm, of 13M
@@ -172,7 +199,8 @@ class Projector(nn.Module):
     def forward(self, frames, lengths):
         """frames (B, T, D), lengths (B,) -> audio (B, N, d), counts (B,)."""
         x = self.stack_frames(frames)
-        x = F.dropout1d(x, self.mask, self.training)  # of whole frames; the norm undoes its scale
+        # Whole frames. dropout1d scales what it keeps; the RMSNorm behind it cancels that.
+        x = F.dropout1d(x, self.mask, self.training)
         x = F.gelu(self.linear_in(self.norm_in(x)))
         x = self.linear_out(F.dropout(x, self.dropout, self.training))
         return self.norm_out(x.float()), (lengths + self.stack - 1) // self.stack
@@ -189,6 +217,7 @@ class CTCHead(nn.Module):
         # At first a frame that equals a token's embedding has logit 60. Less learns slowly.
         self.log_temperature = nn.Parameter(torch.tensor(60 / (decoder_dim * rms**2)).log())
         self.register_buffer("tokens", torch.zeros(0, dtype=torch.int32))
+        self.classes = {}  # token -> class, in the order of `tokens`
 
     def forward(self, audio, embeddings, tokens=None):
         """audio (..., N, d), embeddings (vocabulary, d), tokens (V,) -> logits (..., N, 1 + V)."""
@@ -210,36 +239,44 @@ class LoRA(nn.Module):
         """Forward hook: (..., in), (..., out) -> (..., out)."""
         return output + F.linear(inputs[0] @ self.a.to(output.dtype).T, self.b.to(output.dtype))
 
-def ctc_prefix_extend(log_probs, clips, state, last, classes):
+def ctc_prefix_extend(log_probs, clips, ends, last, classes):
     """Try K next classes for each of R texts (Watanabe et al. 2017, algorithm 2). log_probs
-    (B, N, 1 + V), clip and last class (0: none) of each text (R,), classes (R, K). state (R, N, 2)
-    is log p that the frames up to n spell the text and end in its last token (0) or a blank (1).
-    Returns log p that the clip begins with the longer text (R, K), and its state (R, N, 2, K)."""
-    token = log_probs[clips[:, None, None], np.arange(state.shape[1])[:, None], classes[:, None]]
-    blank = log_probs[clips, :, :1]
-    repeats = classes[:, None] == last[:, None, None]  # a repeated token needs a blank between
-    before = np.where(repeats, state[:, :, 1:], np.logaddexp(state[:, :, :1], state[:, :, 1:]))
-    longer = np.full((*state.shape, classes.shape[1]), -np.inf)
-    longer[:, 0, 0] = np.where(last[:, None] == 0, token[:, 0], -np.inf)
-    for n in range(1, state.shape[1]):
-        longer[:, n, 0] = np.logaddexp(longer[:, n - 1, 0], before[:, n - 1]) + token[:, n]
-        longer[:, n, 1] = np.logaddexp(longer[:, n - 1, 0], longer[:, n - 1, 1]) + blank[:, n]
-    starts = np.concatenate([longer[:, :1, 0], before[:, :-1] + token[:, 1:]], axis=1)  # any frame
-    return np.logaddexp.reduce(starts, axis=1), longer
+    (B, N, 1 + V), clip and last class (0: none) of each text (R,), classes (R, K). ends (R, N, 2)
+    is log p that the frames up to n spell the text, the last one its last token (0) or a blank (1).
+    Returns log p that the clip begins with the longer text (R, K), and its ends (R, K, N, 2)."""
+    token = log_probs[clips[:, None], :, classes]  # (R, K, N)
+    blank = log_probs[clips, None, :, 0]  # (R, 1, N)
+    in_token, in_blank = ends[:, None, :, 0], ends[:, None, :, 1]
+    # The longer text can begin behind both; a repeated token needs a blank between.
+    repeats = (classes == last[:, None])[:, :, None]
+    before = np.where(repeats, in_blank, np.logaddexp(in_token, in_blank))
+    in_token = [np.where(last[:, None] == 0, token[:, :, 0], -np.inf)]  # now of the longer text
+    in_blank = [np.full_like(in_token[0], -np.inf)]
+    for n in range(1, ends.shape[1]):
+        in_blank.append(np.logaddexp(in_token[-1], in_blank[-1]) + blank[:, :, n])
+        in_token.append(np.logaddexp(in_token[-1], before[:, :, n - 1]) + token[:, :, n])
+    starts = np.concatenate([in_token[0][:, :, None], before[:, :, :-1] + token[:, :, 1:]], axis=2)
+    longer = np.stack([np.stack(in_token, axis=2), np.stack(in_blank, axis=2)], axis=3)
+    return np.logaddexp.reduce(starts, axis=2), longer
 
 TRANSCRIBE = "Transcribe: <audio>"
 DECODINGS = ("ctc", "greedy", "joint")
 
 class TinyAudio(nn.Module):
-    """Two frozen backbones and an untrained bridge. lora is the rank of `LoRA` layers (0: none)."""
+    """Two frozen backbones and an untrained bridge. encoder is a name, or an `Encoder`; decoder is
+    a name, or a causal language model and its tokenizer. lora is the rank of `LoRA` layers (0:
+    none), prompt the text around the audio (default: by the tokenizer's chat template)."""
 
     def __init__(self, encoder, decoder, stack=5, hidden=None, lora=0, decode="greedy",
-                 device=None, dtype=None):
+                 prompt=None, device=None, dtype=None):
         super().__init__()
-        # The frozen parts hide in __dict__: train(), parameters() and state_dict() do not see them.
-        self.__dict__["encoder"] = load_encoder(encoder, device, dtype)
-        self.__dict__["decoder"], self.tokenizer = load_decoder(decoder, device, dtype)
-        self.__dict__["embed"] = self.decoder.get_input_embeddings()
+        if isinstance(encoder, str):
+            encoder = load_encoder(encoder, device, dtype)
+        if isinstance(decoder, str):
+            decoder = load_decoder(decoder, device, dtype)
+        self.encoder, (self.decoder, self.tokenizer) = encoder, decoder
+        self.encoder.requires_grad_(False)
+        self.decoder.requires_grad_(False)
         weight, self.end = self.embed.weight, self.tokenizer.eos_token_id
         self.device, dim = weight.device, weight.shape[1]
         rms = weight.norm(dtype=torch.float32).item() / weight.numel()**0.5
@@ -249,8 +286,26 @@ class TinyAudio(nn.Module):
         self.lora = nn.ModuleDict({name.replace(".", "-"): LoRA(layer, lora)
                                    for name, layer in layers if isinstance(layer, nn.Linear)})
         self.to(self.device)
-        self.config = dict(encoder=encoder, decoder=decoder, stack=stack,
-                           hidden=self.projector.hidden, lora=lora, decode=decode)
+        # A template may write today's date: what was trained is what must be asked later.
+        self.config = dict(
+            encoder=self.encoder.model.name_or_path, decoder=self.decoder.name_or_path,
+            stack=stack, hidden=self.projector.hidden, lora=lora, decode=decode,
+            prompt=prompt or self.render(TRANSCRIBE))
+
+    @property
+    def embed(self):
+        return self.decoder.get_input_embeddings()
+
+    def train(self, mode=True):
+        """As in PyTorch, but the frozen parts stay in eval."""
+        super().train(mode)
+        self.encoder.eval()
+        self.decoder.eval()
+        return self
+
+    def trained(self):
+        """The parameters that are trained and saved, by name."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def tokenize(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -262,15 +317,19 @@ class TinyAudio(nn.Module):
     def detokenize(self, ids):
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
 
-    def prompt(self, task=TRANSCRIBE):
-        """Token ids before and after the audio, by the tokenizer's chat template."""
+    def render(self, task):
+        """The tokenizer's chat template around a task."""
         # Without a system message some templates write a long one.
         messages = [{"role": "system", "content": ""}, {"role": "user", "content": task}]
         options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
         try:
-            text = self.tokenizer.apply_chat_template(messages, **options)
+            return self.tokenizer.apply_chat_template(messages, **options)
         except Exception:  # some templates know no system role
-            text = self.tokenizer.apply_chat_template(messages[1:], **options)
+            return self.tokenizer.apply_chat_template(messages[1:], **options)
+
+    def prompt(self, task=TRANSCRIBE):
+        """Token ids before and after the audio."""
+        text = self.config["prompt"] if task == TRANSCRIBE else self.render(task)
         before, _, after = text.rpartition("<audio>")
         return self.tokenize(before), self.tokenize(after)
 
@@ -284,18 +343,19 @@ class TinyAudio(nn.Module):
                 for clip, count in zip(audio, counts.tolist())]
 
     def loss(self, frames, lengths, answers, ctc_weight=0.1, lm_weight=1.0):
-        """frames (B, T, D), lengths (B,), B lists of token ids -> summed loss, its two parts."""
+        """frames (B, T, D), lengths (B,), B lists of token ids -> summed loss, its parts (2,): CTC
+        and cross-entropy."""
         audio, counts = self.projector(frames, lengths)
         ctc = self.ctc_loss(audio, counts, answers) if ctc_weight else audio.new_zeros(())
         lm = self.lm_loss(audio, counts, answers) if lm_weight else audio.new_zeros(())
-        return ctc_weight * ctc + lm_weight * lm, {"ctc": ctc.detach(), "lm": lm.detach()}
+        return ctc_weight * ctc + lm_weight * lm, torch.stack([ctc, lm]).detach()
 
     def ctc_loss(self, audio, counts, answers):
         """CTC loss of the tokens that CTC knows. An answer with more than frames counts as zero."""
         log_probs = self.ctc(audio, self.embed.weight).log_softmax(-1).transpose(0, 1)
-        classes = {token: i for i, token in enumerate(self.ctc.tokens.tolist(), 1)}
+        classes = self.ctc.classes
         answers = [[classes[token] for token in answer if token in classes] for answer in answers]
-        sizes = torch.tensor([len(answer) for answer in answers], device=self.device)
+        sizes = torch.tensor([len(answer) for answer in answers])
         targets = torch.tensor(sum(answers, []), dtype=torch.int32, device=self.device)
         return F.ctc_loss(log_probs, targets, counts, sizes, reduction="sum", zero_infinity=True)
 
@@ -322,15 +382,16 @@ class TinyAudio(nn.Module):
 
     def set_ctc_tokens(self, tokens):
         """CTC may use these token ids too, and single characters."""
-        tokens = {*self.ctc.tokens.tolist(), *tokens}
+        tokens = {*self.ctc.classes, *tokens}
         for letter in string.ascii_letters + string.digits + "'.,?!-":
             tokens.update(self.tokenize(letter), self.tokenize(f" {letter}"))
         self.ctc.tokens = torch.tensor(sorted(tokens), dtype=torch.int32, device=self.device)
+        self.ctc.classes = {token: i for i, token in enumerate(sorted(tokens), 1)}
 
     def ctc_greedy(self, audio, counts):
         """The best class of each frame, without repeats and blanks. A token behind 5 blanks begins
         a word: the shipped model spells the first word of a sentence without a space."""
-        paths, tokens = self.ctc(audio, self.embed.weight).argmax(-1), self.ctc.tokens.tolist()
+        paths, tokens = self.ctc(audio, self.embed.weight).argmax(-1), list(self.ctc.classes)
         answers = [[] for _ in paths]
         for answer, path, count in zip(answers, paths.tolist(), counts.tolist()):
             blanks = 0
@@ -348,8 +409,8 @@ class TinyAudio(nn.Module):
         return [pad_sequence(rows, True, padding_side="left") for rows in (prompts, masks)]
 
     def token_limits(self, counts, task=TRANSCRIBE):
-        """The most tokens of each answer: 13 for 20 frames (2 s) and 10, or 200 for other tasks."""
-        return [n * 13 // 20 + 10 if task == TRANSCRIBE else 200 for n in counts.tolist()]
+        """The most tokens of each answer: one a frame and 10 more, or 200 for other tasks."""
+        return [n + 10 if task == TRANSCRIBE else 200 for n in counts.tolist()]
 
     def generate(self, audio, counts, task=TRANSCRIBE, streamer=None):
         """Greedy decoding by the language model, with a streamer of transformers."""
@@ -367,13 +428,15 @@ class TinyAudio(nn.Module):
         knows sentences, CTC holds it to the sound (Watanabe et al. 2017). Each text tries
         `choices` next tokens, which the language model expects and some frame sounds like."""
         logits = self.ctc(audio, self.embed.weight)
-        logits[~length_mask(counts, logits.shape[1]), 1:] = -np.inf  # padding: certainly blank
+        padding = ~length_mask(counts, logits.shape[1], logits.device)
+        logits[padding, 1:] = -np.inf  # certainly blank
         log_probs = logits.log_softmax(-1)
         loudest, log_probs = log_probs[..., 1:].amax(1), log_probs.cpu().numpy()
+        spoken = list(self.ctc.classes)
         # R unfinished texts, at first an empty one of each clip; last is the class they end in
         clips, texts, lm = np.arange(len(audio)), [[]] * len(audio), np.zeros(len(audio))
         blanks, last = log_probs[:, :, 0].cumsum(1, dtype=np.float64), np.zeros_like(clips)
-        state = np.stack([np.full_like(blanks, -np.inf), blanks], axis=2)
+        ends = np.stack([np.full_like(blanks, -np.inf), blanks], axis=2)
         answers, best = [[]] * len(audio), np.full(len(audio), -np.inf)  # the best that ended
         (x, mask), cache = self.left_pad(self.embed_prompt(audio, counts)), None
         while texts:
@@ -382,7 +445,7 @@ class TinyAudio(nn.Module):
                                past_key_values=cache, use_cache=True, logits_to_keep=1)
             next_lm, cache = out.logits[:, -1].float().log_softmax(-1), out.past_key_values
             ended = (1 - weight) * (lm + next_lm[:, self.end].cpu().numpy())
-            ended += weight * np.logaddexp(state[:, -1, 0], state[:, -1, 1])
+            ended += weight * np.logaddexp(ends[:, -1, 0], ends[:, -1, 1])
             for clip, text, score in zip(clips, texts, ended):
                 if score > best[clip]:
                     answers[clip], best[clip] = text, score
@@ -390,16 +453,18 @@ class TinyAudio(nn.Module):
             promising = (1 - weight) * next_lm + weight * loudest[clips]
             top = promising.topk(min(choices, promising.shape[1])).indices
             classes = top.cpu().numpy() + 1
-            ctc, longer = ctc_prefix_extend(log_probs, clips, state, last, classes)
+            ctc, longer = ctc_prefix_extend(log_probs, clips, ends, last, classes)
             lm = lm[:, None] + next_lm.gather(1, top).cpu().numpy()
             scores = (1 - weight) * lm + weight * ctc  # (R, choices)
-            rows, columns = np.nonzero(scores > best[clips, None])  # a score can only fall
-            order = scores[rows, columns].argsort()[::-1]
-            kept = np.concatenate([order[clips[rows[order]] == i][:beams] for i in set(clips)])
-            rows, columns = rows[kept], columns[kept]
-            clips, lm, last = clips[rows], lm[rows, columns], classes[rows, columns]
-            state = longer[rows, :, :, columns]
-            tokens = self.ctc.tokens[last - 1].tolist()
+            kept = []  # of each clip the `beams` best, as places in scores
+            for clip in np.unique(clips):
+                mine = np.where(clips[:, None] == clip, scores, -np.inf).flatten()
+                order = mine.argsort()[::-1][:beams]
+                kept += [place for place in order if mine[place] > best[clip]]  # it can only fall
+            rows, columns = np.unravel_index(np.array(kept, int), scores.shape)
+            clips, lm, ends = clips[rows], lm[rows, columns], longer[rows, columns]
+            last = classes[rows, columns]
+            tokens = [spoken[i - 1] for i in last]
             texts = [texts[row] + [token] for row, token in zip(rows, tokens)]
             x, mask = self.embed_ids(tokens)[:, None], F.pad(mask[rows], (0, 1), value=1)
             cache.batch_select_indices(torch.from_numpy(rows).to(self.device))
@@ -456,7 +521,8 @@ class TinyAudio(nn.Module):
         """Write the trained tensors (matrices in bfloat16), config.json and a model card."""
         if self.config["lora"] and not self.lora:
             raise ValueError("the low-rank update is merged into the decoder and cannot be saved")
-        tensors = {k: x.bfloat16() if x.ndim == 2 else x for k, x in self.state_dict().items()}
+        tensors = {k: x.bfloat16() if x.ndim == 2 else x for k, x in self.trained().items()}
+        tensors["ctc.tokens"] = self.ctc.tokens
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_file(Path(folder, "model.safetensors"), safetensors.torch.save(tensors))
         write_file(Path(folder, "config.json"), json.dumps(self.config, indent=2) + "\n")
@@ -471,18 +537,21 @@ class TinyAudio(nn.Module):
         folder = Path(name if local else fetch(huggingface_hub.snapshot_download, str(name)))
         try:
             config = json.loads((folder / "config.json").read_text())
-            if sorted(config) != ["decode", "decoder", "encoder", "hidden", "lora", "stack"]:
+            keys = ["decode", "decoder", "encoder", "hidden", "lora", "prompt", "stack"]
+            if sorted(config) != keys:
                 raise ValueError(f"config.json has the keys {', '.join(config)}")
-            files = sorted(folder.glob("*.safetensors"))  # two, in earlier versions
-            tensors = {k: x for file in files for k, x in safetensors.torch.load_file(file).items()}
+            tensors = safetensors.torch.load_file(folder / "model.safetensors")
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise InputError(f"{name} is no checkpoint: {first_line(error)}") from None
         model = cls(**config, device=device, dtype=dtype)
-        model.ctc.tokens = tensors.get("ctc.tokens", model.ctc.tokens).to(model.device)  # any size
-        try:
-            model.load_state_dict(tensors)
-        except RuntimeError:
-            raise InputError(f"{name}: its tensors do not fit its config.json") from None
+        tokens = tensors.pop("ctc.tokens", model.ctc.tokens)
+        if len(tokens):
+            model.set_ctc_tokens(tokens.tolist())
+        shapes, expected = ({key: x.shape for key, x in named.items()}
+                            for named in (tensors, model.trained()))
+        if shapes != expected:
+            raise InputError(f"{name}: its tensors do not fit its config.json")
+        model.load_state_dict(tensors, strict=False)  # the frozen parts are not in it
         if merge:  # the low-rank update into the weights, where it costs nothing
             for name, update in model.lora.items():
                 update.hook.remove()

@@ -3,12 +3,12 @@
     python train.py --encoder hubert --decoder qwen3-8b        LoquaciousSet, streamed
     python train.py --dataset mine.jsonl --out out/mine        the embedded pair on your own files
     python train.py --init-from assets/default --dataset mine.jsonl --out out/mine
-    python train.py --resume out/mine
+    python train.py --resume out/mine                          goes on, or trains more: --steps
     torchrun --nproc_per_node=4 train.py --encoder hubert --decoder qwen3-8b
 
 Phase 1 (--ctc-steps): the projector learns to spell by CTC; the decoder is not run.
 Phase 2 (--steps): cross-entropy through the frozen decoder, plus a little CTC.
-Ctrl-C or SIGTERM saves and stops. What is in --out can be used at any time.
+Ctrl-C or SIGTERM saves and stops. --out holds the best checkpoint so far, by the WER of --val.
 """
 import argparse
 import datetime
@@ -21,23 +21,27 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from timeit import repeat
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from datasets.distributed import split_dataset_by_node
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from bench import matmul_flops, model_flops, peak_memory, prepare
-from data import (SAMPLE_RATE, InputError, augment, first_line, is_hub_id, load_audio,
-                  make_batches, no_speech, open_stream, read_clips, run, stream_clips, write_file)
+from data import (SAMPLE_RATE, InputError, augment, finished_rows, first_line, is_hub_id,
+                  load_audio, make_batches, no_speech, open_stream, read_clips, run, stream_clips,
+                  write_file)
 from eval import corpus_wer
-from tinyaudio import DECODINGS, TinyAudio
+from tinyaudio import DECODINGS, TinyAudio, find_device
 
-TRAINING_SETS = {  # on the Hub
-    "loquacious": "speechbrain/LoquaciousSet:medium:train",
-    "librispeech": "openslr/librispeech_asr:clean:train.360",
+HUB_SETS = {  # name -> what to train on, what to validate on
+    "loquacious": [f"speechbrain/LoquaciousSet:medium:{split}" for split in ("train", "dev")],
+    "librispeech": [f"openslr/librispeech_asr:clean:{split}" for split in ("train.360", "validation")],
 }
 MAX_SECONDS = 30  # longer clips are left out
 NO_SPEECH = 0.03  # fraction of clips that are added: noise and tones, with an empty text
@@ -45,6 +49,8 @@ WINDOW = 1000  # clips of a stream that are shuffled and batched together
 AT_LEAST_1 = ("stack", "hidden", "batch_seconds", "accumulate", "log_every", "eval_every")
 FRACTIONS = ("mask", "dropout", "augment")
 MODEL = ("encoder", "decoder", "stack", "hidden", "lora")  # flags of the model
+RESUMABLE = ("steps", "dataset", "val", "device", "batch_seconds", "accumulate", "wandb")
+THREADS = ThreadPoolExecutor(8)  # that decode sound
 
 def parse_args(argv):
     """The flags, and the state to start from, which is that of --resume."""
@@ -59,9 +65,11 @@ def parse_args(argv):
     add("--init-from", metavar="CKPT", help="start from a trained checkpoint")
     add("--dataset", default="loquacious", help="loquacious, librispeech, your files or folder, or "
                                                 "owner/name:config:split of the Hub")
-    add("--val", help="files to validate on (default: a tenth of --dataset, at most 50 clips)")
+    add("--val", help="the same, to validate on: of the Hub 200 clips (default: the dev split of "
+                      "loquacious and librispeech, else a tenth of --dataset, at most 50 clips)")
     add("--out", default="out", help="folder of the checkpoint, log.jsonl and plot.png")
-    add("--resume", metavar="OUT", help="continue a run; no other flag")
+    add("--resume", metavar="OUT", help="continue a run; of the other flags it takes "
+                                        + ", ".join(RESUMABLE))
     add("--ctc-steps", type=int, default=4000, help="steps of phase 1")
     add("--steps", type=int, default=60000, help="steps of phase 2")
     add("--batch-seconds", type=float, default=120, help="audio per batch, with padding")
@@ -73,10 +81,10 @@ def parse_args(argv):
     add("--augment", type=float, default=0, help="fraction of clips with other speed, noise")
     add("--compile", action="store_true", help="compile the decoder")
     add("--checkpointing", action="store_true", help="less memory, a third slower")
-    add("--keep-frames", type=float, default=4, metavar="GB",
-        help="memory for frames: if all fit, files are encoded once; with --augment up to 3 copies")
+    add("--keep-frames", type=float, default=20, metavar="GB", help="disk for frames in --out: if "
+        "all fit, files are encoded once; with --augment up to 3 copies")
     add("--log-every", type=int, default=20, help="steps between log lines")
-    add("--eval-every", type=int, default=500, help="steps between validations")
+    add("--eval-every", type=int, default=1000, help="steps between validations")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
     add("--device", help="cuda, mps or cpu (default: the best one)")
     add("--seed", type=int, default=0)
@@ -86,36 +94,81 @@ def parse_args(argv):
         if isinstance(value, (int, float)) and not low <= value <= high:  # nor NaN
             parser.error(f"--{name.replace('_', '-')} is {value}, not from {low} to {high:g}")
     if not args.resume:
-        return args, {"step": 0, "rows": [], "place": {"number": 0, "position": None, "done": 0}}
-    if args != parser.parse_args(["--resume", args.resume]):
-        parser.error("--resume takes no other flag: the run goes on as it was started")
+        return args, {"step": 0, "rows": [], "places": None}
     try:
         state = torch.load(Path(args.resume, "state.pt"), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds
         raise InputError(f"{args.resume} has no run to resume: {first_line(error)}") from None
-    return argparse.Namespace(**{**state["args"], "out": args.resume, "resume": args.resume}), state
+    old = {**state["args"], "resume": args.resume}
+    args = parser.parse_args(argv, argparse.Namespace(**old))  # only flags that stand in argv
+    for name in [name for name, value in vars(args).items() if value != old[name]]:
+        flag = f"--{name.replace('_', '-')}"
+        if name not in RESUMABLE:
+            parser.error(f"--resume does not take {flag}: the run goes on as it was started")
+        print(f"{flag} is now {getattr(args, name)}, and was {old[name]}")
+    args.out = args.resume
+    if args.dataset != old["dataset"]:
+        state["places"] = None  # its start
+    return args, state
 
 def usable(clips, model, left_out):
     """Clips to train on, with `seconds` and `answer` (token ids). left_out counts the others."""
     def measure(clip):  # by decoding it: headers may be wrong
         try:
-            return len(load_audio(clip["audio"])) / SAMPLE_RATE
+            return len(load_audio(clip["audio"], longest=MAX_SECONDS + 1)) / SAMPLE_RATE
         except InputError as error:
             print(f"train.py: left out {error}", file=sys.stderr)
             return 0
     good, rate = [], model.encoder.frame_rate / model.projector.stack
-    with ThreadPoolExecutor(8) as pool:
-        for clip, seconds in zip(clips, pool.map(measure, clips)):
-            answer = model.tokenize_answer(clip["text"])
-            if not 0.1 <= seconds <= MAX_SECONDS:
-                left_out[f"unreadable or not 0.1 to {MAX_SECONDS} s long"] += 1
-            elif not answer:
-                left_out["without text"] += 1
-            elif len(answer) > seconds * rate:  # no CTC path
-                left_out["with more text than sound"] += 1
-            else:
-                good.append({**clip, "seconds": seconds, "answer": answer})
+    for clip, seconds in zip(clips, THREADS.map(measure, clips)):
+        answer = model.tokenize_answer(clip["text"])
+        repeats = sum(first == second for first, second in itertools.pairwise(answer))
+        if not 0.1 <= seconds <= MAX_SECONDS:
+            left_out[f"unreadable or not 0.1 to {MAX_SECONDS} s long"] += 1
+        elif not answer:
+            left_out["without text"] += 1
+        elif len(answer) + repeats > seconds * rate:  # no CTC path: repeats need a blank between
+            left_out["with more text than sound"] += 1
+        else:
+            good.append({**clip, "seconds": seconds, "answer": answer})
     return good
+
+def load_batch(model, clips, share=0, seed=0):
+    """Frames (B, T, D) and lengths (B,) of clips. A share of them has another speed, or noise."""
+    if "frames" in clips[0]:
+        frames = [clip["frames"] for clip in clips]
+        return pad_sequence(frames, True).to(model.device), torch.tensor(list(map(len, frames)))
+
+    def prepare(clip, rng):
+        wave = augment(load_audio(clip["audio"]), rng, share, MAX_SECONDS)
+        return model.encoder.features(wave)
+    rngs = np.random.default_rng(seed).spawn(len(clips))
+    return model.encoder.encode(list(THREADS.map(prepare, clips, rngs)))
+
+def encode_once(file, model, clips, share, args):
+    """Give clips their `frames`. These lie in a file, and are read from there when they are needed.
+    A .jsonl beside it names them in order, so that --resume encodes only what is not there yet."""
+    index, dim = file.with_suffix(".jsonl"), model.encoder.dim
+    rows = finished_rows(index) if index.exists() else []
+    done, size = {row["name"] for row in rows}, sum(row["frames"] for row in rows)
+    left = [clip for clip in clips if clip["name"] not in done]
+    write_file(index, "".join(json.dumps(row) + "\n" for row in rows))
+    with open(file, "ab") as sound, open(index, "a") as names:
+        sound.truncate(2 * size * dim)  # a crash may leave more
+        for batch in tqdm(make_batches(left, args.batch_seconds), "encoding, once", disable=None):
+            frames, lengths = load_batch(model, batch, share, [args.seed, size])
+            frames = frames.to("cpu", torch.bfloat16).view(torch.int16).numpy()
+            rows += [{"name": clip["name"], "frames": length}
+                     for clip, length in zip(batch, lengths.tolist())]
+            sound.writelines(x[:length].tobytes() for x, length in zip(frames, lengths))
+            sound.flush()
+            names.writelines(json.dumps(row) + "\n" for row in rows[-len(batch):])
+            names.flush()
+            size += int(lengths.sum())
+    frames = torch.from_file(str(file), size=size * dim, dtype=torch.bfloat16).view(-1, dim)
+    kept = dict(zip((row["name"] for row in rows), frames.split([row["frames"] for row in rows])))
+    for clip in clips:
+        clip["frames"] = kept[clip["name"]]
 
 def stream_windows(rows, args, model, held_out, place):
     """Endless windows of a stream: its number, the position before it, its usable clips."""
@@ -125,32 +178,38 @@ def stream_windows(rows, args, model, held_out, place):
     for number in itertools.count(place["number"]):
         position = rows.state_dict()
         clips = stream_clips(itertools.islice(iterator, WINDOW), args.dataset)
-        clips = usable([x for x in clips if x["name"] not in held_out], model, Counter())
+        clips = [clip for clip in clips if clip["name"] not in held_out]
+        clips = usable(clips, model, Counter())
         silent = no_speech(round(NO_SPEECH * len(clips)), [args.seed, number])
         yield number, position, clips + silent
 
-def load_batch(model, clips, share, rng):
-    """Frames (B, T, D) and lengths (B,) of clips. A share of them has another speed, or noise."""
-    if "frames" in clips[0]:
-        frames = [clip["frames"] for clip in clips]
-        lengths = torch.tensor(list(map(len, frames)), device=model.device)
-        return pad_sequence(frames, batch_first=True).to(model.device), lengths
-    waves = [augment(load_audio(clip["audio"]), rng, share, MAX_SECONDS) for clip in clips]
-    return model.encoder(waves)
+def file_windows(clips, args, model, place, rank):
+    """Endless epochs of clips of files, which are encoded once if their frames fit."""
+    seconds = sum(clip["seconds"] for clip in clips)
+    clips = clips + no_speech(min(300, round(NO_SPEECH * len(clips))), [args.seed, rank])
+    size = seconds * model.encoder.frame_rate * model.encoder.dim * 2 / 1e9
+    copies = min(3 if args.augment else 1, int(args.keep_frames / size))
+    if copies:
+        clips = [{**clip, "name": clip["name"] + copy * " again"}  # each with frames of its own
+                 for copy in range(copies) for clip in clips]
+        encode_once(Path(args.out, f"frames-{rank}.bin"), model, clips, args.augment, args)
+    return ((epoch, None, clips) for epoch in itertools.count(place["number"]))
 
-def make_steps(windows, model, args, start, rank, world):
-    """Endless optimizer steps: the place after each, and its batches. A place is the number of the
-    window, the stream's position before it, and the count of its batches that are done. Their
-    order depends only on the seed and that number, so --resume is exact."""
-    size = args.accumulate * world
+def make_steps(windows, model, args, place, rank):
+    """Endless optimizer steps of this process: the place after each, and its batches. A place is
+    the number of the window, the stream's position before it, and the count of its batches that
+    are done. Their order depends only on the seed, the rank and that number, so --resume is exact.
+    """
+    start = place["done"]
     for number, position, clips in windows:
-        rng = np.random.default_rng([args.seed, number])
+        rng = np.random.default_rng([args.seed, number, rank])
         batches = make_batches(clips, args.batch_seconds, rng)
-        for done in range(start, len(batches), size):
-            rng = np.random.default_rng([args.seed, number, done, rank])
-            mine = batches[done:done + size][rank::world]
-            loaded = [(*load_batch(model, batch, args.augment, rng), batch) for batch in mine]
-            yield {"number": number, "position": position, "done": done + size}, loaded
+        for first in range(start, len(batches), args.accumulate):
+            done = first + args.accumulate
+            seeds = [[args.seed, number, rank, i] for i in range(first, done)]
+            loaded = [(*load_batch(model, batch, args.augment, seed), batch)
+                      for batch, seed in zip(batches[first:done], seeds)]
+            yield {"number": number, "position": position, "done": done}, loaded
         start = 0
 
 def prefetch(items):
@@ -161,41 +220,51 @@ def prefetch(items):
             item, future = future.result(), pool.submit(next, items)
             yield item
 
-def load_data(args, model, place):
-    """Endless windows of clips from a place on, and the clips to validate on."""
-    left_out, stream, rng = Counter(), None, np.random.default_rng(args.seed)
-    if args.dataset in TRAINING_SETS or is_hub_id(args.dataset):
-        stream = open_stream(TRAINING_SETS.get(args.dataset, args.dataset), "train")
-        stream = stream.shuffle(args.seed, buffer_size=1).repeat(None)  # of files, not of clips
-        clips = list(stream_clips(stream.take(WINDOW), args.dataset))  # to choose --val from
-    else:
-        clips = read_clips(args.dataset)
-    clips = usable(clips, model, left_out)
-    val = rng.permutation(clips)[:min(50, len(clips) // 10 + 1)].tolist()
+def read_validation(name, seed):
+    """The clips of files, or 200 clips of a set of the Hub."""
+    if not is_hub_id(name):
+        return read_clips(name)
+    rows = open_stream(name, "validation").shuffle(seed, buffer_size=WINDOW).take(200)
+    return list(stream_clips(rows, name))
+
+def load_data(args, model, rank, world):
+    """What this process trains on, a list of clips or a stream; and the clips to validate on."""
+    left_out, rng = Counter(), np.random.default_rng(args.seed)
+    train_name, val_name = HUB_SETS.get(args.dataset, (args.dataset, None))
     if args.val:
-        val = usable(read_clips(args.val), model, left_out)
-    held_out = {clip["name"] for clip in val}
-    clips = [clip for clip in clips if clip["name"] not in held_out]
-    seconds = sum(clip["seconds"] for clip in clips)
-    print(f"{args.dataset}{', its first clips' if stream else ''}: {seconds / 3600:.2f} h in "
-          f"{len(clips)} clips, and {len(val)} to validate on; left out: "
-          f"{dict(left_out) or 'nothing'}")
-    if not clips or not val:
-        raise InputError(f"no usable clip in {args.val or args.dataset}")
-    if stream:  # the texts are not known yet: CTC may use every token that is made of letters
+        val_name = HUB_SETS.get(args.val, (None, args.val))[1]
+    stream = open_stream(train_name, "train") if is_hub_id(train_name) else None
+    if not stream:
+        clips = read_clips(train_name)
+    elif not val_name:
+        clips = list(stream_clips(stream.take(WINDOW), train_name))
+    if val_name:
+        val = read_validation(val_name, args.seed)
+    else:
+        val = rng.permutation(clips)[:min(50, len(clips) // 10 + 1)].tolist()
+    held_out = {os.path.realpath(clip["name"]) for clip in val}
+    val = usable(val, model, left_out)
+    if not val:
+        raise InputError(f"no usable clip to validate on in {val_name or args.dataset}")
+    if stream:
+        print(f"{args.dataset}: a stream, and {len(val)} clips to validate on")
+        # The texts are not known yet: CTC may use every token that is made of letters.
         texts = enumerate(map(model.tokenizer.decode, range(len(model.tokenizer))))
         model.set_ctc_tokens(i for i, x in texts if x.isascii() and x.strip().isalpha())
-        return prefetch(stream_windows(stream, args, model, held_out, place)), val
-    model.set_ctc_tokens(token for clip in clips for token in clip["answer"])
-    clips += no_speech(min(300, round(NO_SPEECH * len(clips))), args.seed)
-    size = seconds * model.encoder.frame_rate * model.encoder.dim * 2 / 1e9
-    copies = min(3 if args.augment else 1, int(args.keep_frames / size))
-    if copies:
-        clips = [dict(clip) for clip in clips * copies]  # each with frames of its own
-        for batch in tqdm(make_batches(clips, args.batch_seconds), "encoding, once", disable=None):
-            for clip, x, length in zip(batch, *load_batch(model, batch, args.augment, rng)):
-                clip["frames"] = x[:length].to("cpu", torch.bfloat16, copy=True)
-    return ((epoch, None, clips) for epoch in itertools.count(place["number"])), val
+        by = "shards" if stream.num_shards >= world else "examples"
+        stream = split_dataset_by_node(stream, rank, world, strategy=by)
+        return stream.shuffle(args.seed, buffer_size=1).repeat(None), val  # of files, not of clips
+    clips = [clip for clip in clips if os.path.realpath(clip["name"]) not in held_out]
+    if not clips:
+        raise InputError(f"nothing is left to train on: --val has all clips of {args.dataset}")
+    model.set_ctc_tokens(token for clip in clips for token in model.tokenize_answer(clip["text"]))
+    clips = usable(clips[rank::world], model, left_out)
+    print(f"{args.dataset}: {sum(clip['seconds'] for clip in clips) / 3600:.2f} h in {len(clips)} "
+          f"clips{' for each process' if world > 1 else ''}, and {len(val)} to validate on; left "
+          f"out: {dict(left_out) or 'nothing'}")
+    if not clips:
+        raise InputError(f"no usable clip in {args.dataset}")
+    return clips, val
 
 def build_model(args):
     """The model of --resume, of --init-from (flags may not contradict it), or a new one."""
@@ -212,41 +281,86 @@ def build_model(args):
     prepare(model, args.compile, args.checkpointing)
     return model.train()
 
+def prepare(model, compiled, checkpointing):
+    """Make the decoder ready for training: compiled, or with less memory."""
+    if model.device.type == "cpu":  # the backward pass of fused attention is slow there
+        model.decoder.set_attn_implementation("eager")
+    for layer in model.decoder.base_model.layers:
+        if checkpointing:  # keep only the inputs of layers (Chen et al. 2016)
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if compiled:
+            layer.compile(dynamic=True)
+
+def matmul_flops(device, dtype):
+    """FLOP/s of a plain matrix product, against which MFU is counted."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    return 2 * size**3 / min(repeat(lambda: (a @ b)[0, 0].item(), number=1, repeat=4))
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+def model_flops(model, clips, ctc_weight, lm_weight):
+    """FLOPs of a step: per position 2 for a frozen weight, 2 more where gradients pass through
+    it, 6 for a trained weight."""
+    frames = sum(clip["seconds"] for clip in clips) * model.encoder.frame_rate
+    positions, words = frames / model.projector.stack, sum(len(c["answer"]) + 1 for c in clips)
+    flops, vocabulary = 6 * positions * parameters(model.projector), model.embed.weight.numel()
+    if "frames" not in clips[0]:
+        flops += 2 * frames * parameters(model.encoder)
+    if ctc_weight:
+        flops += 4 * positions * len(model.ctc.tokens) * model.embed.weight.shape[1]
+    if lm_weight:
+        every = positions + words + len(clips) * sum(map(len, model.prompt()))
+        body = parameters(model.decoder.base_model) - vocabulary
+        flops += every * (4 * body + 6 * parameters(model.lora)) + 4 * words * vocabulary
+    return flops
+
+def peak_memory(device):
+    """Peak in GB so far: of the GPU, or of this process where Linux tells it, else 0."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM"))
+
+@torch.no_grad()
 def validate(model, clips, decodings):
-    """WER of the clips by each way of decoding, and the text of the first clip by the last way."""
-    sounds, references = ([clip[key] for clip in clips] for key in ("audio", "text"))
+    """CTC loss and cross-entropy per token of clips with frames, WER of each decoding, and the
+    reference and hypothesis of one clip."""
+    losses, references, texts = 0, [], {decode: [] for decode in decodings}
     model.eval()
-    texts = {decode: model.transcribe(sounds, decode) for decode in decodings}
+    for batch in make_batches(clips, 120):
+        frames, lengths = load_batch(model, batch)
+        answers = [clip["answer"] for clip in batch]
+        losses += model.loss(frames, lengths, answers, 1, decodings == DECODINGS)[1]
+        audio, counts = model.projector(frames, lengths)
+        references += [clip["text"] for clip in batch]
+        for decode in decodings:
+            texts[decode] += map(model.detokenize, model.decode(audio, counts, decode))
     model.train()
-    wers = {decode: corpus_wer(references, found) for decode, found in texts.items()}
-    return wers, texts[decodings[-1]][0]
+    losses = losses / sum(len(clip["answer"]) + 1 for clip in clips)
+    wers = {decode: corpus_wer(references, texts[decode]) for decode in decodings}
+    return losses.tolist(), wers, (references[-1], texts[decodings[-1]][-1])
 
 def plot(out, rows):
-    """Draw loss and WER into plot.png, if matplotlib is installed."""
+    """Draw losses and WER into plot.png, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(*zip(*[(row["step"], row["loss"]) for row in rows if "loss" in row]))
+    for name in ("loss", "val_loss"):
+        left.plot(*zip(*[(row["step"], row[name]) for row in rows if name in row]), label=name)
     left.set(title="loss per token: CTC, then cross-entropy", xlabel="step", ylim=(0, None))
     for decode in rows[-1]["wer"]:
         wers = [(row["step"], row["wer"][decode]) for row in rows if decode in row.get("wer", ())]
         right.plot(*zip(*wers), ".-", label=decode)
     right.set(title="WER of the validation clips", xlabel="step", ylim=(0, None))
+    left.legend()
     right.legend()
     figure.savefig(out / "plot.png", dpi=80)
-
-def save(args, model, optimizer, rows, step, place):
-    """Write what `TinyAudio.from_pretrained` reads, and state.pt for --resume."""
-    wers = next((row["wer"] for row in reversed(rows) if "wer" in row), {})  # {}: none yet
-    found = [f"{wer:.2%} by {decode}" for decode, wer in wers.items()]
-    model.save_pretrained(args.out, f"{step} steps. WER of validation clips: {', '.join(found)}")
-    file = Path(args.out, "state.pt.unfinished")  # as `write_file`, without a copy in memory
-    torch.save({"args": vars(args), "step": step, "place": place, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "rows": rows}, file)
-    file.replace(Path(args.out, "state.pt"))
 
 def schedule(step, steps):
     """Fraction of the peak learning rate: linear warm-up, then a cosine down to a twentieth."""
@@ -254,6 +368,42 @@ def schedule(step, steps):
     if step <= warmup:
         return step / warmup
     return 0.05 + 0.475 * (1 + math.cos(math.pi * (step - 1 - warmup) / (steps - warmup)))
+
+def best_step(rows):
+    """The step of the lowest WER so far; None before the first validation."""
+    tested = [row for row in rows if "wer" in row]
+    best = min(reversed(tested), key=lambda row: min(row["wer"].values()), default={"step": None})
+    return best["step"]
+
+def save(args, model, optimizer, rows, step, places):
+    """Write state.pt for --resume; and, if no step was better, what `from_pretrained` reads."""
+    if best_step(rows) in (step, None):
+        found = [f"{wer:.2%} by {decode}" for row in rows[-1:] for decode, wer in row["wer"].items()]
+        notes = f"{step} steps. WER of validation clips: {', '.join(found)}"
+        model.save_pretrained(args.out, notes)
+    state = {"args": vars(args), "step": step, "places": places, "rows": rows,
+             "trained": model.trained(), "tokens": list(model.ctc.classes),
+             "optimizer": optimizer.state_dict()}
+    write_file(Path(args.out, "state.pt"), partial(torch.save, state))
+
+def catch_signals():
+    """A list that fills with what asks for a stop; the loop looks at it behind each step. A second
+    Ctrl-C stops at once, as the stream may hang."""
+    stop = []
+
+    def ask(number, frame):
+        if stop and "WORLD_SIZE" not in os.environ:  # torchrun sends each signal twice
+            os._exit(128 + number)
+        stop.append(number)
+        if number == signal.SIGINT:
+            os.write(2, b"stopping after this step; Ctrl-C again stops at once\n")
+        elif number != signal.SIGTERM:  # SIGHUP: the terminal is gone, and print would fail
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, ask)
+    return stop
 
 def main(argv=None):
     """Train. Returns the exit status."""
@@ -265,34 +415,46 @@ def main(argv=None):
         dist.init_process_group(timeout=datetime.timedelta(hours=6))  # of one validation
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # only the first process prints
+    print(f"device: {find_device(args.device)}")
     out, log_file = Path(args.out), Path(args.out, "log.jsonl")
     out.mkdir(parents=True, exist_ok=True)
     if (out / "state.pt").exists() and not args.resume:
         raise InputError(f"{out} holds a run: go on with --resume {out}, or choose another --out")
+    places = state["places"] or [{"number": 0, "position": None, "done": 0}] * world
+    if len(places) != world:
+        raise InputError(f"{out} was trained by {len(places)} processes, not by {world}")
     rows = state["rows"]  # of the log
-    if rank == 0:  # before the long work, as --out may not be writable
+    if rank == 0:  # before the long work, as --out may not be writable, or wandb not installed
         write_file(log_file, "".join(json.dumps(row) + "\n" for row in rows))
+        if args.wandb:
+            import wandb
+            wandb.init(project=args.wandb, config=vars(args), dir=out)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32
     model = build_model(args)
-    windows, val = load_data(args, model, state["place"])
-    steps = prefetch(make_steps(windows, model, args, state["place"]["done"], rank, world))
-    parameters = list(model.parameters())
+    learned = [p for p in model.parameters() if p.requires_grad]
     bridge = [*model.projector.parameters(), *model.ctc.parameters()]  # all that phase 1 trains
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(learned, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    data, val = load_data(args, model, rank, world)
     if args.resume:
-        model.load_state_dict(state["model"])  # in float32
+        model.set_ctc_tokens(state["tokens"])
+        model.load_state_dict(state["trained"], strict=False)  # in float32
         optimizer.load_state_dict(state["optimizer"])
     elif rank == 0:  # from here on the run can be resumed
-        save(args, model, optimizer, **state)
+        save(args, model, optimizer, rows, 0, places)
+    if rank == 0:
+        encode_once(out / "frames-val.bin", model, val, 0, args)
+    if isinstance(data, list):
+        windows = file_windows(data, args, model, places[rank], rank)
+    else:
+        held_out = {clip["name"] for clip in val}
+        windows = prefetch(stream_windows(data, args, model, held_out, places[rank]))
+    steps = prefetch(make_steps(windows, model, args, places[rank], rank))
     dtype = model.embed.weight.dtype
     peak = matmul_flops(model.device, dtype) * world
-    print(f"{model.config['encoder']} -> {sum(p.numel() for p in parameters) / 1e6:.2f}M trained "
+    print(f"{model.config['encoder']} -> {sum(p.numel() for p in learned) / 1e6:.2f}M trained "
           f"-> {model.config['decoder']}, {dtype}, {model.device} x {world} at {peak / 1e12:.2f} "
           f"TFLOP/s, {len(model.ctc.tokens)} CTC tokens")
-    if args.wandb and rank == 0:
-        import wandb
-        wandb.init(project=args.wandb, config=vars(args), dir=out)
 
     def log(row):
         rows.append(row)
@@ -302,9 +464,7 @@ def main(argv=None):
             if args.wandb:
                 wandb.log(row, step=row["step"])
 
-    stop, bad_steps, sums, since = [], 0, Counter(), time.perf_counter()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.append(number))
+    stop, bad_steps, recent, since = catch_signals(), 0, [], time.perf_counter()
     total = args.ctc_steps + args.steps
     trained_ctc = args.ctc_steps or args.init_from  # an untrained one is of no use in phase 2
     for step in range(state["step"] + 1, total + 1):
@@ -322,33 +482,35 @@ def main(argv=None):
         clips = [clip for _, _, batch in batches for clip in batch]
 
         # Forward and backward. Losses are sums over tokens; the gradient is divided at the end
-        torch.manual_seed(hash((args.seed, step, rank)))  # --resume drops out the same units
-        counts = Counter(ctc=0, lm=0, flops=0, steps=1 / world, stop=len(stop),
-                         tokens=sum(len(clip["answer"]) + 1 for clip in clips),
-                         seconds=sum(clip["seconds"] for clip in clips))
+        torch.manual_seed(args.seed + step * world + rank)  # --resume drops out the same units
+        tokens = sum(len(clip["answer"]) + 1 for clip in clips)
+        seconds, flops = sum(clip["seconds"] for clip in clips), 0
+        losses = torch.zeros(2, device=model.device)  # CTC, cross-entropy
         for frames, lengths, batch in batches:
             answers = [clip["answer"] for clip in batch]
             with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
                 loss, parts = model.loss(frames, lengths, answers, *weights)
             loss.backward()
-            counts.update(parts, flops=model_flops(model, batch, *weights))
-        trained = bridge if phase == 1 else parameters
+            losses += parts
+            flops += model_flops(model, batch, *weights)
+        trained, stopped = bridge if phase == 1 else learned, len(stop)
         for p in trained:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # not in this step's loss
         if world > 1:
-            values = torch.tensor([float(x) for x in counts.values()], device=model.device)
-            for x in (values, *(p.grad for p in trained)):
+            sums = torch.tensor([tokens, seconds, flops, stopped], dtype=torch.float64)
+            sums = sums.to(model.device)
+            for x in (sums, losses, *(p.grad for p in trained)):
                 dist.all_reduce(x)
-            counts = dict(zip(counts, values.tolist()))
+            tokens, seconds, flops, stopped = sums.tolist()
         for p in trained:
-            p.grad /= counts["tokens"]
+            p.grad /= tokens
 
         # Clip and step
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
         bad_steps = 0 if math.isfinite(norm) else bad_steps + 1
         if not bad_steps:
             optimizer.step()
-            sums.update(counts)
+            recent.append((tokens, seconds, flops, losses))
         else:
             print(f"train.py: step {step} is skipped, its loss or gradient is not finite: "
                   + ", ".join(clip["name"] for clip in clips), file=sys.stderr)
@@ -357,33 +519,40 @@ def main(argv=None):
         optimizer.zero_grad()
 
         # Log
-        check = step == end or step % args.eval_every == 0 or counts["stop"]
-        if sums and (check or step % args.log_every == 0):
-            elapsed, tokens = time.perf_counter() - since, sums["tokens"]
-            ctc, lm = float(sums["ctc"]) / tokens, float(sums["lm"]) / tokens
+        check = step == end or step % args.eval_every == 0 or stopped
+        if recent and (check or step % args.log_every == 0):
+            elapsed = time.perf_counter() - since
+            tokens, seconds, flops, losses = map(sum, zip(*recent))
+            ctc, lm = (losses / tokens).tolist()
             row = {"step": step, "phase": phase, "epoch": place["number"],  # a stream's window
                    "loss": ctc if phase == 1 else lm, "ctc": ctc, "lr": lr, "norm": norm,
-                   "x_real_time": sums["seconds"] / elapsed, "mfu": sums["flops"] / elapsed / peak,
+                   "x_real_time": seconds / elapsed, "mfu": flops / elapsed / peak,
                    "memory_gb": peak_memory(model.device),
-                   "minutes_left": (end - step) * elapsed / sums["steps"] / 60}  # of the phase
+                   "minutes_left": (end - step) * elapsed / len(recent) / 60}  # of the phase
             print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
             log(row)
-            sums, since = Counter(), time.perf_counter()
+            recent, since = [], time.perf_counter()
 
         # Validate and save
-        if rank == 0 and check:  # the other processes wait in all_reduce
-            if not counts["stop"]:
+        if check:
+            places = [place] * world
+            if world > 1:
+                dist.all_gather_object(places, place)
+        if check and rank == 0:  # the other processes wait in all_reduce
+            if not stopped:
                 with torch.compiler.set_stance("force_eager"):  # decoding has other shapes
-                    wers, text = validate(model, val, DECODINGS if phase == 2 else ("ctc",))
+                    (ctc, lm), wers, texts = validate(
+                        model, val, DECODINGS if phase == 2 else ("ctc",))
                 model.config["decode"] = min(wers, key=wers.get)
-                log({"step": step, "phase": phase, "wer": wers})
+                log({"step": step, "phase": phase, "val_loss": ctc if phase == 1 else lm,
+                     "val_ctc": ctc, "wer": wers})
                 plot(out, rows)
-                print(f"step {step}/{total} WER of {len(val)} clips: "
-                      + ", ".join(f"{100 * wer:.1f} % {name}" for name, wer in wers.items())
-                      + f"\n    ref: {val[0]['text']}\n    hyp: {text}")
-            save(args, model, optimizer, rows, step, place)
+                print(f"step {step}/{total} val_loss {rows[-1]['val_loss']:.4g}, WER of {len(val)} "
+                      "clips: " + ", ".join(f"{100 * x:.1f} % {name}" for name, x in wers.items())
+                      + f"; best: step {best_step(rows)}\n    ref: {texts[0]}\n    hyp: {texts[1]}")
+            save(args, model, optimizer, rows, step, places)
             since = time.perf_counter()
-        if counts["stop"]:
+        if stopped:
             print(f"stopped after step {step}: python train.py --resume {out} goes on")
             return 128 + (stop[0] if stop else signal.SIGTERM)
     print(f"done: python sample.py --model {out} file.wav")

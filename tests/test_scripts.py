@@ -21,7 +21,7 @@ from conftest import LLAMA, ROOT, SENTENCES, TOYS, tone
 import bench
 import eval
 import sample
-import tinyaudio
+import train
 from data import InputError, read_audio
 from tinyaudio import TinyAudio
 
@@ -230,24 +230,33 @@ def test_whisper_by_itself_and_broken_clips(toys, dataset, tmp_path, capsys):
     assert "broken.wav" in failed["failed"] and failed["deletions"] == failed["words"] > 0
     assert sum(row["time"] > 0 for row in rows) == 24
 
-def test_all_ways_of_training_have_the_same_loss(toys):
+def test_the_loss_is_a_sum_over_clips_and_so_are_the_flops(toys):
     model = TinyAudio(toys["whisper"], toys["llama"], device="cpu", dtype=torch.float32)
-    waves = [tone(30, seed) for seed in range(4)]  # of 30 s: there is nothing to pad
-    clips = [{"wave": wave, "answer": model.tokenize_answer(text), "seconds": 30,
-              "frames": model.encoder([wave])[0][0]} for wave, text in zip(waves, SENTENCES)]
+    clips = [{"answer": model.tokenize_answer(text), "seconds": 1 + i,
+              "frames": model.encoder([tone(1 + i, i)])[0][0]} for i, text in enumerate(SENTENCES)]
     loss = bench.train(model, clips, "phase 2")
     halves = [bench.train(model, half, "phase 2") for half in (clips[:1], clips[1:])]
     assert sum(halves) == pytest.approx(loss, rel=1e-4)
-    assert bench.train(model, clips, "phase 2, naive") == pytest.approx(loss, rel=1e-4)
-    flops = [bench.model_flops(model, clips[:count], 0.1, 1) for count in range(1, 5)]
+    flops = [train.model_flops(model, clips[:count], 0.1, 1) for count in range(1, 5)]
     assert 0 < flops[0] and flops == sorted(set(flops))
 
 def test_what_bench_prints(talker, capsys, monkeypatch):
     monkeypatch.setattr(bench, "matmul_flops", lambda *_: 1e12)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)  # takes minutes
+    def loss(model, *batch):
+        if not next(count):  # the first row of training
+            raise torch.OutOfMemoryError
+        return real_loss(model, *batch)
+    real_loss, count = TinyAudio.loss, itertools.count()
+    monkeypatch.setattr(TinyAudio, "loss", loss)
     bench.main(["--model", talker, "--clips", "2", "--batch", "1", "--device", "cpu"])
     printed = capsys.readouterr().out
-    assert "\n| joint, batch 1 |" in printed and re.search(r"\nphase 2: \d+\.\dx naive", printed)
+    assert "\n| joint, batch 1 | " in printed and "\n| phase 1, 120 s | out of memory |" in printed
+    assert re.search(r"\n\| phase 2, 120 s \| \d", printed)
+    for flag in ("--clips", "--batch", "--batch-seconds"):
+        with pytest.raises(SystemExit):
+            bench.main(["--plan", flag, "0"])
+        assert flag in capsys.readouterr().err.splitlines()[-1]
     bench.main(["--plan", "--encoder", "hubert", "--decoder", "qwen3-8b"])
     printed = capsys.readouterr().out
     assert re.search(r"\b962M\b.* 12\.94M .* 8191M\b.* 0\.14%", printed)
@@ -255,21 +264,23 @@ def test_what_bench_prints(talker, capsys, monkeypatch):
     bench.main(["--plan", "--checkpointing"])
     less = capsys.readouterr().out
     assert re.search(r"4090.* yes \|", less)
-    flops = [int(re.search(r"(\d+) GFLOP", text)[1]) for text in (printed, less)]
+    bench.main(["--plan", "--lora-rank", "16"])
+    more = capsys.readouterr().out
+    flops = [int(re.search(r"(\d+) GFLOP", text)[1]) for text in (printed, less, more)]
     assert 1.3 < flops[1] / flops[0] < 1.5  # a third pass through the decoder
+    memory = [float(re.search(r"([\d.]+) GB at", text)[1]) for text in (less, printed, more)]
+    assert flops[0] < flops[2] and memory == sorted(set(memory)) and ", CTC 1.1, " in printed
 
 @pytest.mark.parametrize("encoder", ["hubert", "whisper"])
 def test_bench_of_random_weights(encoder, capsys, monkeypatch):
     monkeypatch.setattr(bench, "matmul_flops", lambda *_: 1e12)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
-    for loader in ("load_encoder", "load_decoder"):  # are replaced, and restored here
-        monkeypatch.setattr(tinyaudio, loader, getattr(tinyaudio, loader))
     decoder = hf.Qwen3Config(**{**LLAMA, "vocab_size": 50000}, head_dim=8)
     monkeypatch.setattr(bench, "CONFIGS", {encoder: TOYS[encoder][1], "qwen3-8b": decoder})
     bench.main(["--random", "--encoder", encoder, "--clips", "2", "--batch", "1", "2",
                 "--batch-seconds", "10", "20", "--checkpointing", "--device", "cpu"])
     rows = re.findall(r"\n\| ([^|]+) \| [\d.]+ \|", capsys.readouterr().out)
-    assert len(rows) == 13 and {"joint, batch 2", "phase 2, --compile, 20 s"} < set(rows)
+    assert len(rows) == 12 and {"joint, batch 2", "phase 2, --compile, 20 s"} < set(rows)
 
 def test_scripts_start_without_modules_of_posix_and_errors_are_one_line():
     posix = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}

@@ -5,10 +5,12 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -17,11 +19,12 @@ import pytest
 import safetensors.torch
 import soundfile
 import torch
+from torch.overrides import TorchFunctionMode
 from conftest import ROOT, SENTENCES, tone
 
 import train
 from data import InputError
-from tinyaudio import TinyAudio
+from tinyaudio import Encoder, TinyAudio
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
@@ -48,6 +51,10 @@ def losses(out):
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [(row["step"], row["loss"], row["lr"], row["norm"]) for row in rows if "loss" in row]
 
+def wers_of(out):
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {row["step"]: row["wer"] for row in rows if "wer" in row}
+
 def close(found, expected, tolerance):
     return len(found) == len(expected) and np.allclose(found, expected, rtol=tolerance)
 
@@ -57,7 +64,8 @@ def start(*arguments):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 def test_a_run_learns_and_writes_its_files(trained):
-    files = {"config.json", "model.safetensors", "README.md", "state.pt", "log.jsonl"}
+    files = {"config.json", "model.safetensors", "README.md", "state.pt", "log.jsonl",
+             *(f"frames-{part}.{kind}" for part in ("0", "val") for kind in ("bin", "jsonl"))}
     drawn = {"plot.png"} if importlib.util.find_spec("matplotlib") else set()
     assert {file.name for file in trained.iterdir()} == files | drawn
     steps, loss, rates, norms = zip(*losses(trained))
@@ -66,21 +74,30 @@ def test_a_run_learns_and_writes_its_files(trained):
     assert rates[0] == 5e-3 and rates[3] == max(rates) == 2e-2 and rates[7] < 5e-3  # phase 1
     assert rates[8] == 1.25e-3 and rates[11] == 5e-3 and rates[15] < 1e-3  # warm-up, cosine
     rows = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    wers = {row["step"]: "+".join(row["wer"]) for row in rows if "wer" in row}
+    assert all(math.isfinite(row["val_loss"]) for row in rows if "wer" in row)
+    wers = {step: "+".join(wer) for step, wer in wers_of(trained).items()}
     assert wers == {4: "ctc", 8: "ctc", 12: "ctc+greedy+joint", 16: "ctc+greedy+joint"}
-    assert re.match(r"---\n.*16 steps.* WER", (trained / "README.md").read_text(), re.S)
+    assert re.match(r"---\n.*\d+ steps. WER", (trained / "README.md").read_text(), re.S)
     assert isinstance(TinyAudio.from_pretrained(str(trained), "cpu").transcribe(tone(1)), str)
 
-def test_what_it_prints_and_that_it_decodes_the_best_way(calm, tmp_path, monkeypatch, capsys):
-    wers = {"ctc": 0.3, "greedy": 0.1, "joint": 0.2}
+def test_the_best_step_is_kept_and_the_last_one_goes_on(calm, tmp_path, monkeypatch, capsys):
+    said = iter([(0.3,), (0.3, 0.1, 0.2), (0.3, 0.2, 0.2), (0.3, 0.2, 0.2)])
     monkeypatch.setattr(train, "validate", lambda model, clips, decodings: (
-        {decode: wers[decode] for decode in decodings}, "hello"))
+        (1.5, 2.5), dict(zip(decodings, next(said))), ("hi", "hello")))
     assert train.main([*calm, "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "config.json").read_text())["decode"] == "greedy"
+    assert "\n4 steps. WER of validation clips: 30.00% by ctc, 10.00% by greedy" in (
+        tmp_path / "README.md").read_text()
     printed = capsys.readouterr().out
-    for words in ("M trained", "left out:", "step 1, phase 1, epoch 0, loss ", ", x_real_time ",
-                  "step 6, phase 2,", "10.0 % greedy", "hyp: hello", f"--model {tmp_path}"):
+    for words in ("device: cpu", "M trained", "left out:", "step 1, phase 1, epoch 0, loss ",
+                  ", x_real_time ", "step 3/6 val_loss 1.5, ", "step 6/6 val_loss 2.5, ",
+                  "10.0 % greedy", "best: step 4\n", "hyp: hello", f"--model {tmp_path}"):
         assert words in printed, words
+    flags = ["--resume", str(tmp_path), "--steps", "4", "--batch-seconds", "5"]
+    assert train.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert "--steps is now 4, and was 3\n" in printed and "--batch-seconds is now 5" in printed
+    assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
 
 @pytest.mark.parametrize("kill", [False, True])
 def test_a_run_that_is_stopped_or_killed_goes_on(train_flags, trained, tmp_path, kill):
@@ -102,20 +119,59 @@ def test_a_run_that_is_stopped_or_killed_goes_on(train_flags, trained, tmp_path,
     for file in ("model.safetensors", "config.json", "README.md"):
         assert (tmp_path / file).read_bytes() == (trained / file).read_bytes()
 
-def test_two_processes_train_as_one(calm, calm_losses, tmp_path):
-    two = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train.py",
-                *calm, "--accumulate", 1, "--out", tmp_path)
+def test_two_processes_share_the_clips_and_train_as_one(calm, dataset, tmp_path):
+    few = Path(dataset).with_name("few.jsonl")  # a step has all of them
+    few.write_text("".join(Path(dataset).read_text().splitlines(keepends=True)[:14]))
+    flags = [*calm, "--dataset", few, "--accumulate", 1, "--batch-seconds", 99, "--log-every", 1]
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2
+    two = start(*torchrun, "train.py", *flags, "--out", tmp_path / "two")
+    train.main([*map(str, flags), "--out", str(tmp_path / "one")])
     printed = two.communicate(timeout=300)[0]
     assert two.returncode == 0, printed
     assert printed.count("step 3, phase") == 1  # only one of them prints
-    assert close(losses(tmp_path), calm_losses, 5e-3)
+    assert close(losses(tmp_path / "two"), losses(tmp_path / "one"), 5e-3)
+    names = [[json.loads(line)["name"] for line in open(tmp_path / "two" / f"frames-{rank}.jsonl")]
+             for rank in (0, 1)]
+    assert len(names[0]) == len(names[1]) == 6 and not set(names[0]) & set(names[1])
+    with pytest.raises(InputError, match="by 2 processes, not by 1"):
+        train.main(["--resume", str(tmp_path / "two")])
+
+def test_frames_are_encoded_once_and_more_clips_and_words_can_come(
+        calm, dataset, tmp_path, monkeypatch):
+    def encode(encoder, features):
+        asked.append(len(features))
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        return encode_batch(encoder, features)
+    asked, stop, encode_batch = [], 3, Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", encode)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*calm, "--out", str(tmp_path / "out")])
+    done = sum(asked[:2])
+    with open(tmp_path / "out" / "frames-0.bin", "ab") as file:
+        file.write(b"what a crash may leave")
+    asked.clear()
+    stop = None
+    resume = ["--resume", str(tmp_path / "out")]
+    assert train.main(resume) == 0 and sum(asked) + done == 25  # 3 of them validate, one is noise
+    whole = tmp_path / "whole"
+    assert train.main([*calm, "--out", str(whole)]) == 0
+    assert losses(tmp_path / "out") == losses(whole)
+    asked.clear()
+    row = json.dumps({"audio": str(Path(dataset).with_name("0.wav")), "text": "a zebra"})
+    (tmp_path / "more.jsonl").write_text(row)
+    more = ["--dataset", f"{dataset},{tmp_path / 'more.jsonl'}", "--val", dataset.replace(
+        "train.jsonl", "few.jsonl"), "--steps", "4"]
+    few = "".join(Path(dataset).read_text().splitlines(keepends=True)[:2])
+    Path(dataset).with_name("few.jsonl").write_text(few)
+    assert train.main([*resume, *more]) == 0 and losses(tmp_path / "out")[-1][0] == 7
 
 def test_a_folder_with_a_run_and_other_flags_are_refused(train_flags, trained, tmp_path, capsys):
     with pytest.raises(InputError, match="holds a run.*--resume"):
         train.main([*train_flags, "--out", str(trained)])
     with pytest.raises(SystemExit) as status:
         train.main(["--resume", str(trained), "--lr", "1"])
-    assert status.value.code == 2 and "--resume takes no other flag" in capsys.readouterr().err
+    assert status.value.code == 2 and "--resume does not take --lr" in capsys.readouterr().err
     for flag in ("--seed -1", "--lora-rank -1", "--dropout 1.5", "--batch-seconds nan",
                  "--ctc-steps -1", "--accumulate 0"):
         with pytest.raises(SystemExit):
@@ -123,6 +179,51 @@ def test_a_folder_with_a_run_and_other_flags_are_refused(train_flags, trained, t
         assert f"{flag[:6]}" in capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(InputError, match="no run to resume"):
         train.main(["--resume", str(tmp_path)])
+
+def test_what_stops_before_the_long_work(calm, dataset, tmp_path, monkeypatch):
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(dataset)
+    rows = [{**row, "audio": f"../{Path(dataset).parent.name}/{row['audio']}"}
+            for row in map(json.loads, open(dataset))]
+    other = Path(dataset).parent / "other.jsonl"
+    other.write_text("\n".join(map(json.dumps, rows)))
+    for val in (dataset, other):
+        with pytest.raises(InputError, match="nothing is left to train on: --val has all"):
+            train.main([*calm, "--val", str(val), "--out", str(tmp_path / "a")])
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ModuleNotFoundError, match="wandb"):
+        train.main([*calm, "--wandb", "x", "--out", str(tmp_path / "b")])
+    assert not (tmp_path / "b" / "state.pt").exists()
+
+def test_a_full_disk_leaves_the_last_checkpoint(calm, tmp_path, monkeypatch):
+    def full(state, file):
+        Path(file).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+    assert train.main([*calm, "--steps", "0", "--out", str(tmp_path)]) == 0
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        train.main(["--resume", str(tmp_path), "--steps", "1"])
+    assert {file.name for file in tmp_path.iterdir()} == before.keys()
+    assert (tmp_path / "state.pt").read_bytes() == before["state.pt"]
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no closed terminals")
+def test_a_closed_terminal_saves_and_a_second_ctrl_c_ends_at_once(calm, tmp_path):
+    terminal, inside = os.openpty()
+    command = [sys.executable, "-u", "train.py", *calm, "--steps", "9999", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=inside, stderr=inside)
+    os.close(inside)
+    while not re.search(rb"step 5, ", os.read(terminal, 9999)):
+        pass
+    process.send_signal(signal.SIGHUP)
+    os.close(terminal)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert torch.load(tmp_path / "state.pt")["step"] >= 5
+    code = ("import signal, time, train; train.catch_signals(); signal.raise_signal(2); print(1); "
+            "signal.raise_signal(2); time.sleep(99)")
+    done = subprocess.run([sys.executable, "-u", "-c", code], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stdout) == (130, b"1\n")
+    assert done.stderr == b"stopping after this step; Ctrl-C again stops at once\n"
 
 def test_init_from_takes_over_the_model(toys, dataset, tmp_path):
     flags = ["--init-from", str(tmp_path / "first"), "--dataset", dataset, "--ctc-steps", "0"]
@@ -144,7 +245,8 @@ def test_init_from_takes_over_the_model(toys, dataset, tmp_path):
 
 @pytest.fixture
 def stream(toys, tmp_path, monkeypatch):
-    """Flags of a run on a stream of 30 clips, two of them unusable, in windows of 10."""
+    """Flags of a run on a stream of 28 clips, two of them unusable, in windows of 10; its dev
+    split has 2 more."""
     rows = []
     for i in range(30):
         file = io.BytesIO()
@@ -154,14 +256,16 @@ def stream(toys, tmp_path, monkeypatch):
                      "text": "" if i == 3 else SENTENCES[i % 4].upper()})
     folder = tmp_path / "speechbrain" / "LoquaciousSet"
     folder.mkdir(parents=True)
-    (folder / "README.md").write_text("---\nconfigs:\n- config_name: medium\n  data_files:\n"
-                                      "  - split: train\n    path: train-*\n---\n")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: medium\n  data_files:\n  - split: train\n    path: train-*\n"
+        "  - split: dev\n    path: dev-*\n---\n")
     table = datasets.Dataset.from_list(rows).cast_column("wav", datasets.Audio(16_000))
-    table.to_parquet(folder / "train-00000-of-00001.parquet")
+    for name, part in (("train-0", range(15)), ("train-1", range(15, 28)), ("dev-0", (28, 29))):
+        table.select(part).to_parquet(folder / f"{name}.parquet")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "WINDOW", 10)
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
-    flags = ("--dataset loquacious --ctc-steps 5 --steps 5 --batch-seconds 9 "
+    flags = ("--dataset speechbrain/LoquaciousSet:medium --ctc-steps 5 --steps 5 --batch-seconds 9 "
              "--log-every 1 --eval-every 4 --lr 1e-4 --device cpu")
     return ["--encoder", toys["whisper"], "--decoder", toys["llama"], *flags.split()]
 
@@ -181,17 +285,53 @@ def test_a_stream_is_trained_on_and_resumed_where_it_was(stream, tmp_path, monke
     monkeypatch.setattr(train, "validate", hold_out)
     assert train.main([*stream, "--out", "whole"]) == 0
     # Clips without a path are told apart, and those to validate on are never trained on.
-    assert len(held_out) == 1 and len(heard) == 27 and not heard & held_out
+    assert 1 <= len(held_out) <= 2 and len(heard | held_out) == 26 and not heard & held_out
     stop.append(signal.SIGTERM)
     assert train.main([*stream, "--out", "stopped"]) == 143
     assert len(losses(tmp_path / "stopped")) == 5
     assert train.main(["--resume", "stopped"]) == 0 and not heard & held_out
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
+@pytest.mark.parametrize("shards", [2, 1])
+def test_each_process_has_its_part_of_a_stream_and_the_dev_split_validates(stream, shards):
+    if shards == 1:
+        Path("speechbrain/LoquaciousSet/train-1.parquet").unlink()
+    args, _ = train.parse_args([*stream, "--dataset", "loquacious"])
+    model, heard = train.build_model(args), []
+    for rank in (0, 1):
+        rows, val = train.load_data(args, model, rank, 2)
+        clips = train.stream_clips(itertools.islice(rows, 7), "")  # half of a shard
+        heard += [clip["name"] for clip in clips]
+        assert len(val) == 2
+    assert len(set(heard)) == 14 and not set(heard) & {clip["name"] for clip in val}
+
+class Syncs(TorchFunctionMode):
+    """Counts what would wait for a GPU. Lengths (int64) are on the CPU anyway. (transformers has
+    a bool() of its own in each forward pass.)"""
+    count, names = 0, ("item", "tolist", "cpu", "numpy", "__float__", "__int__")
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        asked = function.__name__ in self.names and arguments[0].dtype != torch.int64
+        self.count += asked
+        return function(*arguments, **options or {})
+
+def test_a_step_waits_once_for_the_device(calm, tmp_path, monkeypatch):
+    def next_step(items):
+        with ThreadPoolExecutor(1) as thread:  # the mode does not see other threads
+            counts.append(syncs.count)
+            return thread.submit(next, items).result()
+    counts, syncs = [], Syncs()
+    monkeypatch.setattr(train, "next", next_step, raising=False)
+    monkeypatch.setattr(train, "prefetch", lambda items: items)
+    with syncs:
+        train.main([*calm, "--log-every", "99", "--eval-every", "99", "--out", str(tmp_path)])
+    assert len(counts) == 6 and np.diff(counts)[[0, 1, 3, 4]].tolist() == [1] * 4  # the norm
+
 def test_bad_steps_are_skipped_and_five_in_a_row_end_the_run(calm, tmp_path, monkeypatch, capsys):
     def bad_loss(*arguments):
         total, parts = loss(*arguments)
-        return total * (math.nan if next(count) in bad else 1), parts
+        training = torch.is_grad_enabled()
+        return total * (math.nan if training and next(count) in bad else 1), parts
     loss, count, bad = TinyAudio.loss, itertools.count(), (0, 1, 2, 3, 5)
     monkeypatch.setattr(TinyAudio, "loss", bad_loss)
     flags = [*calm, "--accumulate", "1"]
