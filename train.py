@@ -170,16 +170,15 @@ def encode_once(file, model, clips, share, args):
     for clip in clips:
         clip["frames"] = kept[clip["name"]]
 
-def stream_windows(rows, args, model, held_out, place):
+def stream_windows(rows, args, model, val, place):
     """Endless windows of a stream: its number, the position before it, its usable clips."""
     if place["position"]:
         rows.load_state_dict(place["position"])
-    iterator = iter(rows)
+    iterator, held_out = iter(rows), {clip["name"] for clip in val}
     for number in itertools.count(place["number"]):
         position = rows.state_dict()
         clips = stream_clips(itertools.islice(iterator, WINDOW), args.dataset)
-        clips = [clip for clip in clips if clip["name"] not in held_out]
-        clips = usable(clips, model, Counter())
+        clips = usable([x for x in clips if x["name"] not in held_out], model, Counter())
         silent = no_speech(round(NO_SPEECH * len(clips)), [args.seed, number])
         yield number, position, clips + silent
 
@@ -220,40 +219,35 @@ def prefetch(items):
             item, future = future.result(), pool.submit(next, items)
             yield item
 
-def read_validation(name, seed):
-    """The clips of files, or 200 clips of a set of the Hub."""
-    if not is_hub_id(name):
-        return read_clips(name)
-    rows = open_stream(name, "validation").shuffle(seed, buffer_size=WINDOW).take(200)
-    return list(stream_clips(rows, name))
-
 def load_data(args, model, rank, world):
     """What this process trains on, a list of clips or a stream; and the clips to validate on."""
-    left_out, rng = Counter(), np.random.default_rng(args.seed)
+    def read(name, split, count):
+        if not is_hub_id(name):
+            return read_clips(name)
+        rows = open_stream(name, split).shuffle(args.seed, buffer_size=WINDOW)
+        return list(stream_clips(rows.take(count), name))
     train_name, val_name = HUB_SETS.get(args.dataset, (args.dataset, None))
     if args.val:
         val_name = HUB_SETS.get(args.val, (None, args.val))[1]
-    stream = open_stream(train_name, "train") if is_hub_id(train_name) else None
-    if not stream:
-        clips = read_clips(train_name)
-    elif not val_name:
-        clips = list(stream_clips(stream.take(WINDOW), train_name))
+    streamed, left_out = is_hub_id(train_name), Counter()
+    clips = [] if streamed and val_name else read(train_name, "train", WINDOW)
     if val_name:
-        val = read_validation(val_name, args.seed)
+        val = read(val_name, "validation", 200)
     else:
-        val = rng.permutation(clips)[:min(50, len(clips) // 10 + 1)].tolist()
+        val = np.random.default_rng(args.seed).permutation(clips)[:min(50, len(clips) // 10 + 1)]
     held_out = {os.path.realpath(clip["name"]) for clip in val}
     val = usable(val, model, left_out)
     if not val:
         raise InputError(f"no usable clip to validate on in {val_name or args.dataset}")
-    if stream:
+    if streamed:
         print(f"{args.dataset}: a stream, and {len(val)} clips to validate on")
         # The texts are not known yet: CTC may use every token that is made of letters.
         texts = enumerate(map(model.tokenizer.decode, range(len(model.tokenizer))))
         model.set_ctc_tokens(i for i, x in texts if x.isascii() and x.strip().isalpha())
-        by = "shards" if stream.num_shards >= world else "examples"
-        stream = split_dataset_by_node(stream, rank, world, strategy=by)
-        return stream.shuffle(args.seed, buffer_size=1).repeat(None), val  # of files, not of clips
+        rows = open_stream(train_name, "train")
+        by = "shards" if rows.num_shards >= world else "examples"
+        rows = split_dataset_by_node(rows, rank, world, strategy=by)
+        return rows.shuffle(args.seed, buffer_size=1).repeat(None), val  # of files, not of clips
     clips = [clip for clip in clips if os.path.realpath(clip["name"]) not in held_out]
     if not clips:
         raise InputError(f"nothing is left to train on: --val has all clips of {args.dataset}")
@@ -447,8 +441,7 @@ def main(argv=None):
     if isinstance(data, list):
         windows = file_windows(data, args, model, places[rank], rank)
     else:
-        held_out = {clip["name"] for clip in val}
-        windows = prefetch(stream_windows(data, args, model, held_out, places[rank]))
+        windows = prefetch(stream_windows(data, args, model, val, places[rank]))
     steps = prefetch(make_steps(windows, model, args, places[rank], rank))
     dtype = model.embed.weight.dtype
     peak = matmul_flops(model.device, dtype) * world
