@@ -187,7 +187,7 @@ def main(argv=None):
         parser.error("--seed and --worst must be 0 or more, --max-samples 1 or more")
     names = re.sub(r"[^\w.]+", "-", f"{args.dataset[-30:]}_{args.checkpoint[-30:]}")
     own = zlib.crc32(repr((args.dataset, args.checkpoint, args.decode)).encode())
-    out = Path(args.out or f"outputs/eval_{names}_{own:08x}")  # no other three write there
+    out = Path(args.out or f"outputs/eval_{names}_{own:08x}")  # other names, another folder
     rows, facts = score_clips(args, read_samples(args), out)
     report(args, rows, facts, out)
 

