@@ -9,7 +9,7 @@ import html
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from urllib.parse import quote
 
@@ -27,9 +27,11 @@ ruby {margin-right: 12px; line-height: 3} rt {font-size: 12px}"""
 def read(path, minutes):
     if not path:
         raise InputError("Record something or choose a file.")
-    wave = np.concatenate(list(islice(read_audio(path), int(minutes * 6) + 2)))  # 10 s each
-    if len(wave) > minutes * 60 * SAMPLE_RATE:
-        raise InputError(f"{path}: longer than {minutes:g} minutes")
+    wave = np.zeros(0, np.float32)
+    for block in read_audio(path):
+        wave = np.concatenate([wave, block])
+        if len(wave) > minutes * 60 * SAMPLE_RATE:
+            raise InputError(f"{path}: longer than {minutes:g} minutes")
     return wave
 
 def stream(model, wave, task=TRANSCRIBE):
@@ -43,8 +45,7 @@ def stream(model, wave, task=TRANSCRIBE):
     yield from streamer
     writing.result()  # raises the error
 
-def show_words(parts):
-    """HTML: the words with their times."""
+def show_words(parts):  # as HTML, with their times
     return "".join(f"<ruby>{html.escape(word['word'])}<rt>{word['start']:.2f}</rt></ruby> "
                    for part in parts for word in part["words"])
 
@@ -64,10 +65,9 @@ def draw_hearing(model, minutes, path):
     top.plot(np.arange(len(wave)) / SAMPLE_RATE, wave, linewidth=0.3)
     middle.fill_between(times, probs[:, 0], color="lightgrey")  # blank
     for i in sorted(set(probs.argmax(-1)) - {0}):
-        frame = probs[:, i].argmax()
-        middle.plot(times, probs[:, i])
-        token = model.tokenizer.decode(model.ctc.tokens[i - 1])
-        middle.text(times[frame], probs[frame, i], token, ha="center", va="bottom")
+        line, token = probs[:, i], model.tokenizer.decode(model.ctc.tokens[i - 1])
+        middle.plot(times, line)
+        middle.text(times[line.argmax()], line.max(), token, ha="center", va="bottom")
     for word in time_words(model, audio[0], ids, 0):
         low.text(word["start"], 0.3, word["word"])
     top.set(title="waveform; probability of each token by CTC (grey: blank); words", yticks=[])

@@ -11,7 +11,8 @@
 
 wav, flac, mp3, ogg, opus, aiff, au, caf. What cannot be read is a line on stderr; exit status 1.
 """
-import io
+import glob
+import html
 import itertools
 import json
 import sys
@@ -23,6 +24,7 @@ from data import SAMPLE_RATE, InputError, load_audio, read_audio, run, split_aud
 from tinyaudio import DECODINGS, TRANSCRIBE, TinyAudio
 
 ASSETS = Path(__file__).parent / "assets"
+LONGEST, WIDTH = 6.0, 80  # of a subtitle, in seconds and letters
 
 def segments(model, sources, decode=None, task=TRANSCRIBE, words=False, batch_seconds=15):
     """Transcribe sound of any length and number. Yields in order, as they are ready, dicts source
@@ -55,27 +57,35 @@ def split(sources):
             yield {"source": index, "error": error}
 
 def time_words(model, audio, ids, start):
-    """Words of an answer to audio (N, d) from `start` seconds on, with times and probabilities."""
+    """Words of an answer to audio (N, d) from `start` seconds on, with times and probabilities.
+    In a language without spaces they are as long as a subtitle can be."""
     frames, probabilities = (x.tolist() for x in model.align(audio, ids))
     tokens = model.tokenizer.convert_ids_to_tokens(ids)
-    # Tokenizers write a leading space as one of these two characters.
-    firsts = [i for i, token in enumerate(tokens) if i == 0 or token[0] in "\u0120\u2581"]
     seconds = model.projector.stack / model.encoder.frame_rate
+    firsts, letter = ([0] if ids else []), 0  # where each word begins, and the last letter
+    for i in range(1, len(ids)):
+        word, longer = (model.detokenize(ids[firsts[-1]:end]) for end in (i, i + 1))
+        too_long = (frames[i] + 1 - frames[firsts[-1]]) * seconds > LONGEST or len(longer) > WIDTH
+        space = tokens[i][0] in "\u0120\u2581"  # so tokenizers write a leading space
+        if space or not word.endswith("\ufffd"):  # otherwise token i is a part of a letter
+            letter = i
+        if space or too_long and letter > firsts[-1]:
+            firsts.append(letter)
     return [{"word": model.detokenize(ids[i:j]), "start": round(start + frames[i] * seconds, 2),
              "end": round(start + (frames[j - 1] + 1) * seconds, 2),
              "probability": round(sum(probabilities[i:j]) / (j - i), 3)}
             for i, j in itertools.pairwise([*firsts, len(ids)])]
 
-def make_cues(words, longest=6.0, width=80):
-    """Subtitles [start, end, text]: cut at a pause, `longest` s, `width` letters."""
+def make_cues(words):
+    """Subtitles [start, end, text]: cut at a pause, and before they are too long."""
     cues = []
     for word in words:
         start, end, text = cues[-1] if cues else (0, float("-inf"), "")
         whole = f"{text} {word['word']}"
-        if word["start"] - end < 0.8 and word["end"] - start <= longest and len(whole) <= width:
+        if word["start"] - end < 0.8 and word["end"] - start <= LONGEST and len(whole) <= WIDTH:
             cues[-1] = [start, word["end"], whole]
         else:
-            cues.append([word["start"], word["end"], word["word"]])
+            cues.append([word["start"], min(word["end"], word["start"] + LONGEST), word["word"]])
     return cues
 
 def clock(seconds, mark="."):
@@ -93,9 +103,11 @@ def render(kind, name, parts):
         rows = [{key: part[key] for key in ("start", "end", "text")} for part in parts]
         return json.dumps({"file": name, "text": text, "duration": round(parts[-1]["end"], 2),
                            "segments": rows, "words": words}, ensure_ascii=False) + "\n"
-    header, mark = ("WEBVTT\n\n", ".") if kind == "vtt" else ("", ",")
-    return header + "".join(f"{number}\n{clock(start, mark)} --> {clock(end, mark)}\n{text}\n\n"
-                            for number, (start, end, text) in enumerate(make_cues(words), 1))
+    shown, mark = ("WEBVTT\n\n", ".") if kind == "vtt" else ("", ",")
+    for number, (start, end, text) in enumerate(make_cues(words), 1):
+        text = html.escape(text, quote=False) if kind == "vtt" else text
+        shown += f"{number}\n{clock(start, mark)} --> {clock(end, mark)}\n{text}\n\n"
+    return shown
 
 def trace(model, source, decode):
     """Print on stderr what each step makes of 30 s of sound: function, milliseconds, shape."""
@@ -137,9 +149,10 @@ def main(argv=None):
         parser.error('--task must say once where the sound goes, as in "Summarise: <audio>"')
     if args.task != TRANSCRIBE and args.format != "text":
         parser.error("--task gives text only: its words have no times in the sound")
-    names = args.files or [str(ASSETS / "quickstart" / "clips" / "test_0002.ogg")]
-    if args.trace:
-        return trace(TinyAudio.from_pretrained(args.model, args.device), names[0], args.decode)
+    names = []
+    for name in args.files or [str(ASSETS / "quickstart" / "clips" / "test_0002.ogg")]:
+        # The file of this very name, or those of a pattern, which Windows does not expand.
+        names += glob.glob(glob.escape(name)) or sorted(glob.glob(name, recursive=True)) or [name]
     suffix = ".txt" if args.format == "text" else f".{args.format}"
     files = [(name, args.out and args.out / (Path(name).stem + suffix)) for name in names]
     if args.out:
@@ -148,17 +161,17 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
         files = [(name, target) for name, target in files if not target.exists()]
     model, status = TinyAudio.from_pretrained(args.model, args.device), 0
-    # Audio formats seek, and standard input cannot.
-    sources = (io.BytesIO(sys.stdin.buffer.read()) if name == "-" else name for name, _ in files)
+    as_source = lambda name: sys.stdin.buffer if name == "-" else name
+    if args.trace:
+        return trace(model, as_source(names[0]), args.decode)
+    sources = (as_source(name) for name, _ in files)
     found = segments(model, sources, args.decode, args.task, words=args.format != "text")
     live = args.format == "text" and not args.out and len(files) == 1
     for index, group in itertools.groupby(found, key=lambda part: part["source"]):
         (name, target), parts = files[index], []
         for part in group:
-            if "error" in part:
-                print(f"sample.py: {part['error']}", file=sys.stderr)
-                status = 1
-                continue
+            if "error" in part:  # it is the last part
+                break
             parts.append(part)
             if live:
                 print(part["text"], flush=True)
@@ -168,6 +181,9 @@ def main(argv=None):
         elif parts and not live:
             label = f"{name}\t" if args.format == "text" else ""
             print(label + render(args.format, name, parts), end="", flush=True)
+        if "error" in part:
+            print(f"sample.py: {part['error']}", file=sys.stderr)
+            status = 1
     return status
 
 if __name__ == "__main__":

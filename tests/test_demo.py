@@ -42,7 +42,8 @@ def test_the_picture_shows_what_ctc_spells_and_the_words(model):
 def test_what_cannot_be_read_is_one_line_without_folders(tmp_path):
     soundfile.write(tmp_path / "long.wav", tone(4), SAMPLE_RATE)
     (tmp_path / "notes.wav").write_text("this is no sound\n" * 50)
-    for start in "long.wav: longer than", "notes.wav: ", "none.wav: ":
+    soundfile.write(tmp_path / "tiny.wav", tone(4)[:1], 48_000)  # no sample at 16 kHz
+    for start in "long.wav: longer than", "notes.wav: ", "none.wav: ", "tiny.wav: ":
         [(text, line)] = listen(None, 0.05, str(tmp_path / start.split(":")[0]), "")
         assert text == "" and line.startswith(start) and "\n" not in line
     assert list(listen(None, 0.05, None, "")) == [("", "Record something or choose a file.")]
