@@ -4,8 +4,8 @@
     python eval.py out --dataset loquacious --max-samples 100
     python eval.py openai/whisper-base --dataset my.jsonl      any recogniser of transformers
 
-Writes results.jsonl (a row for each clip) and summary.json, and prints where. The same command
-with --resume goes on after an interruption.
+Writes results.txt, results.jsonl (a row for each clip) and summary.json, and prints where. The
+same command with --resume goes on after an interruption.
 """
 import json
 import re
@@ -77,19 +77,21 @@ def read_samples(args):
     return list(stream_clips(rows, name))
 
 def load_recognizer(name, decode, device):
-    """A function from waves to texts; its encoder, decoder and trained parameters; its module."""
+    """A function from waves to texts; its encoder, decoder and trained parameters; weights."""
     config, _ = fetch(PretrainedConfig.get_config_dict, name)
     if "model_type" not in config:
         model = TinyAudio.from_pretrained(name, device)
-        facts = config["encoder"], config["decoder"], f"{model.trained_size / 1e6:.1f}M"
-        return lambda waves: model.transcribe(waves, decode), facts, model
+        size = sum(x.numel() for x in model.loaded.values())
+        facts = config["encoder"], config["decoder"], f"{size / 1e6:.1f}M"
+        return lambda waves: model.transcribe(waves, decode), facts, model.loaded
     pipe = fetch(lambda x: pipeline("automatic-speech-recognition", x, device=device), name)
     options = {}
     if config["model_type"] == "whisper":
         options = {"return_timestamps": True, "generate_kwargs": {"num_beams": 1}}
         if getattr(pipe.model.generation_config, "is_multilingual", False):
             options["generate_kwargs"] |= {"language": "en", "task": "transcribe"}
-    return lambda waves: [x["text"] for x in pipe(waves, **options)], (name, "-", "-"), pipe.model
+    recognizer = lambda waves: [found["text"] for found in pipe(waves, **options)]
+    return recognizer, (name, "-", "-"), pipe.model.state_dict()
 
 def recognize(clips, recognizer):
     """Rows (hypothesis, seconds, time, failed) of clips."""
@@ -110,9 +112,8 @@ def recognize(clips, recognizer):
 
 def score_clips(args, clips, out):
     """Recognise and score the clips; write and print a row of each. Returns rows and facts."""
-    recognizer, facts, model = load_recognizer(args.checkpoint, args.decode, args.device)
-    weights = sum(zlib.crc32(x.float().contiguous().cpu().numpy())
-                  for x in model.state_dict().values())  # another sum is another model
+    recognizer, facts, tensors = load_recognizer(args.checkpoint, args.decode, args.device)
+    weights = sum(zlib.crc32(x.float().contiguous().cpu().numpy()) for x in tensors.values())
     results = out / "results.jsonl"
     rows = finished_rows(results) if args.resume and results.exists() else []
     asked = {"weights": weights, "decode": args.decode, "normalizer": args.normalizer}
@@ -132,8 +133,10 @@ def score_clips(args, clips, out):
             for number, row in enumerate(rows[chunk], chunk.start + 1):
                 print(f"Sample {number}: WER = {wer([row]):.2%}, Time = {row['time']:.2f}s\n"
                       f"  Ref:  {row['reference']}\n  Pred: {row['failed'] or row['hypothesis']}")
-            print(f"CHECKPOINT @ {len(rows)} samples:\n  Corpus WER: {wer(rows):.2%}\n"
-                  f"  Avg Time/Sample: {np.mean([row['time'] for row in rows]):.2f}s", flush=True)
+            if len(rows) % 100 == 0 or len(rows) == len(clips):
+                seconds = np.mean([row["time"] for row in rows])
+                print(f"CHECKPOINT @ {len(rows)} samples:\n  Corpus WER: {wer(rows):.2%}\n"
+                      f"  Avg Time/Sample: {seconds:.2f}s", flush=True)
     if not any(row["words"] and not row["failed"] for row in rows):
         raise InputError(f"no clip of {args.dataset} could be scored")
     return rows, facts
@@ -153,8 +156,11 @@ def report(args, rows, facts, out):
               "{unscored} without reference, {seconds:.0f} s\nWER {wer:.2%} ({spread}): {errors} "
               "errors ({substitutions} substituted, {deletions} deleted, {insertions} inserted) in "
               "{words} words\nRTFx {rtfx:.1f}; {scorer} ({normalizer}, plain quotes)\nIn {out}")
+    header = header.format(**summary, spread=spread)
     write_file(out / "summary.json", json.dumps(summary, indent=2))
-    print(header.format(**summary, spread=spread))
+    write_file(out / "results.txt", header + "\n" + "".join(
+        f"\n{row['name']}\nRef:  {row['reference']}\nPred: {row['hypothesis']}\n" for row in rows))
+    print(header)
     for row in sorted(scored, key=lambda row: -wer([row]))[:args.worst]:
         texts = [normalize(row[key], args.normalizer) for key in ("reference", "hypothesis")]
         words = jiwer.visualize_alignment(jiwer.process_words(*texts), show_measures=False)

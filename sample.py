@@ -20,6 +20,8 @@ import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
+import torch
+
 from data import SAMPLE_RATE, InputError, load_audio, read_audio, run, split_audio, write_file
 from tinyaudio import DECODINGS, TRANSCRIBE, TinyAudio
 
@@ -116,6 +118,8 @@ def trace(model, source, decode):
     def step(function, *inputs, show=shape):
         start = time.perf_counter()
         found = function(*inputs)
+        if model.device.type != "cpu":  # which goes on by itself
+            torch.accelerator.synchronize()
         milliseconds = 1000 * (time.perf_counter() - start)
         print(f"{function.__qualname__:24} {milliseconds:7.1f} ms  {show(found)}", file=sys.stderr)
         return found
@@ -123,8 +127,7 @@ def trace(model, source, decode):
         return "".join(write(model.ctc.tokens[i - 1]) if i else "." for i in logits[0].argmax(-1))
     write = model.tokenizer.decode
     wave = step(load_audio, source)[:30 * SAMPLE_RATE]
-    if model.encoder.run == model.encoder.whisper:
-        step(model.encoder.mel, wave)
+    step(model.encoder.features, wave)
     frames, lengths = step(model.encoder.forward, [wave])
     step(model.projector.stack_frames, frames)
     audio, counts = step(model.projector.forward, frames, lengths)

@@ -558,7 +558,7 @@ class TinyAudio(nn.Module):
                 layer = model.decoder.base_model.get_submodule(name.replace("-", "."))
                 layer.weight += (update.b @ update.a).detach().to(layer.weight)
             model.lora = nn.ModuleDict()
-        model.trained_size = sum(x.numel() for x in tensors.values() if x.is_floating_point())
+        model.loaded = tensors  # also what is merged
         return model.eval()
 
 CARD = """---
