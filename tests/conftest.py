@@ -50,6 +50,15 @@ def cache(tmp_path_factory):
     return Path(os.environ["TINYAUDIO_CACHE"])
 
 @pytest.fixture(scope="session")
+def embedded(cache):
+    """Folders of the embedded pair. If it cannot be had, the test is skipped and says why."""
+    import offline
+    try:
+        return [offline.folder(name) for name in offline.PACKAGES]
+    except offline.InputError as error:
+        pytest.skip(str(error))
+
+@pytest.fixture(scope="session")
 def toys(tmp_path_factory):
     """name -> folder of each toy backbone. "whisper-own" has a decoder that can be run, too."""
     root = tmp_path_factory.mktemp("toys")

