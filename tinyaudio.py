@@ -97,14 +97,13 @@ def load_decoder(name, device=None, dtype=None):
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise InputError(f"{name} has no chat template or no end token: use an instruct model")
     config = fetch(hf.AutoConfig.from_pretrained, name)
-    for key in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
-        if getattr(config, key, None) not in (None, 1):  # `lm_loss` does not know them
-            raise InputError(f"{name} has {key}: use one with plain logits, as Qwen3")
     with torch.device("meta"):  # its shape, before its weights are fetched
         shape = hf.AutoModelForCausalLM.from_config(config)
-    if not hasattr(shape.base_model, "layers"):
+    scales = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # not in `lm_loss`
+    if (not hasattr(shape.base_model, "layers")
+            or any(getattr(config, key, None) not in (None, 1) for key in scales)):
         raise InputError(f"{name} is a {config.model_type} model, which is built otherwise than "
-                         "Llama, Qwen3 and SmolLM3: use one with `layers`")
+                         "Llama, Qwen3 and SmolLM3: use one with `layers` and plain logits")
     if not device and find_device().type == "cpu" and shape.num_parameters() > 1e9:
         raise InputError(f"{name} has {shape.num_parameters() / 1e9:.1f} billion parameters, and "
                          "torch sees no GPU here: --device cpu runs it all the same, slowly")

@@ -22,7 +22,7 @@ from tinyaudio import TinyAudio
 CLIP = str(ASSETS / "quickstart" / "clips" / "test_0000.ogg")  # the first example of the page
 
 @pytest.fixture(scope="module")
-def model():
+def model(embedded):
     return TinyAudio.from_pretrained(ASSETS / "default")
 
 def test_a_missing_gradio_is_one_line(tmp_path):

@@ -25,7 +25,6 @@ import bench
 import eval
 import sample
 import train
-import train
 from data import InputError, read_audio
 from tinyaudio import TinyAudio
 
@@ -320,7 +319,7 @@ def test_what_bench_prints(talker, capsys, monkeypatch):
     assert flops[0] < flops[2] and memory == sorted(set(memory)) and ", CTC 1.1, " in printed
 
 @pytest.mark.parametrize("encoder", ["hubert", "whisper"])
-def test_bench_of_random_weights(encoder, capsys, monkeypatch):
+def test_bench_of_random_weights(embedded, encoder, capsys, monkeypatch):
     monkeypatch.setattr(bench, "matmul_flops", lambda *_: 1e12)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
     decoder = hf.Qwen3Config(**{**LLAMA, "vocab_size": 50000}, head_dim=8)
