@@ -1,8 +1,4 @@
-"""Sound and text in: waveforms, rows of data files and of the Hub, batches, augmentation.
-
-    wave = load_audio("file.mp3")       # float32 (samples,), mono, 16 kHz
-    clips = read_clips("mine.jsonl")    # dicts name, audio, text
-"""
+"""Sound and text in: waveforms, rows of data files and of the Hub, batches, augmentation."""
 import csv
 import glob
 import hashlib
@@ -18,7 +14,6 @@ import soundfile
 import soxr
 
 SAMPLE_RATE = 16_000  # Hz
-SHORTEST = 0.025  # seconds: one window of the encoders
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".m4a")
 AUDIO_COLUMNS = ("audio", "wav", "file_name", "audio_filepath", "path")
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")
@@ -33,12 +28,12 @@ def first_line(error):
 
 def run(main):
     """Call the main() of a script: what the user can mend is one line, and exit status 1."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for letters that the terminal lacks
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters
     try:
         status = main()
         sys.stdout.flush()
         sys.exit(status)
-    except BrokenPipeError:  # of | head: nothing can be printed any more
+    except BrokenPipeError:  # of | head
         os._exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -51,52 +46,40 @@ def load_audio(source, sample_rate=SAMPLE_RATE, longest=1e9):
 
 def read_audio(source, sample_rate=SAMPLE_RATE, longest=1e9):
     """Yields float32 arrays (samples,), mono, 16 kHz: of a file 10 s at a time, an array at once.
-    source is a path, bytes or file object of what libsndfile reads; an array or tensor (samples,),
-    (samples, channels) or (channels, samples), float in [-1, 1] or integer, of sample_rate in Hz;
-    a torchcodec decoder; or a dict of bytes or path (Hugging Face), or of array and sampling_rate,
-    and of offset and duration of a stretch in it. Reads `longest` seconds at most. Raises
-    InputError, behind the last sample if a part of a file is missing."""
-    stretch = source if isinstance(source, dict) else {}
-    name = stretch.get("path", source)
-    name = name if isinstance(name, (str, Path)) else "audio input"
-    start, duration = stretch.get("offset", 0), stretch.get("duration", 1e9)
-    end, place, resampler, known = start + min(duration, longest), 0, None, None
+    source is a path, bytes or file; an array or tensor (samples,), (samples, channels) or
+    (channels, samples), float in [-1, 1] or integer, of sample_rate in Hz; or a dict of Hugging
+    Face, also of a stretch. Raises InputError, behind the last sample if a part is missing."""
+    row = source if isinstance(source, dict) else {"path": source}
+    name = row["path"] if isinstance(row.get("path"), (str, Path)) else "audio input"
+    sound = row.get("array", row.get("bytes") or row.get("path"))
+    sound = io.BytesIO(sound) if isinstance(sound, (bytes, bytearray, memoryview)) else sound
+    start, place, known = row.get("offset", 0), 0, None
+    end = start + min(row.get("duration", 1e9), longest)
     try:
-        for block, rate in read_blocks(source, sample_rate):
+        for block, rate in read_blocks(sound, row.get("sampling_rate", sample_rate)):
             if not np.isfinite(block).all() or np.abs(block).max(initial=0) > 16:  # not just loud
                 raise ValueError("samples are not numbers from -1 to 1")
+            mono, energies = block.mean(axis=1), np.square(block).sum(axis=0)
+            if np.square(mono).sum() < 0.01 * energies.max():  # they cancel out
+                mono = block[:, (energies > energies.max() / 2).argmax()]
             if rate != known:  # joined files may have several
                 resampler, known = soxr.ResampleStream(rate, SAMPLE_RATE, 1), rate
             first, last = (max(0, round((x - place) * rate)) for x in (start, end))
-            yield resampler.resample_chunk(to_mono(block)[first:last])
+            yield resampler.resample_chunk(mono[first:last])
             place += len(block) / rate
             if place > end:
                 break
         yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
-        if place < end - 0.25 and "duration" in stretch:
-            raise ValueError(f"has {place:.1f} s, and its stretch ends at {end:.1f} s")
-        if min(place, end) - start < SHORTEST:
-            raise ValueError(f"too short, {min(place, end) - start:.3f} s")
+        if min(place, end) - start < 0.025:  # a window of the encoders
+            raise ValueError("too short")
     except soundfile.LibsndfileError as error:
         raise InputError(f"{name}: not readable as audio ({error.error_string}); try ffmpeg -i "
                          f"{Path(name).name} new.wav") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: {first_line(error)}") from None
 
-def to_mono(block):
-    """(samples, channels) -> their mean (samples,). Where they cancel out (it is 20 dB below the
-    loudest) the first one that is about as loud, so that it is the same in the next block."""
-    mean, energies = block.mean(axis=1), np.square(block).sum(axis=0)
-    cancelled = np.square(mean).sum() < 0.01 * energies.max()
-    return block[:, (energies > energies.max() / 2).argmax()] if cancelled else mean
-
 def read_blocks(source, sample_rate):
     """Yields (float32 array (samples, channels), its rate in Hz)."""
-    if isinstance(source, dict):
-        sample_rate = source.get("sampling_rate", sample_rate)
-        source = source.get("array", source.get("bytes") or source.get("path"))
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        source = io.BytesIO(source)
     if isinstance(source, (str, Path)):
         with open(source, "rb") as file:
             yield from read_file(file)
@@ -109,43 +92,39 @@ def read_blocks(source, sample_rate):
         yield as_samples(source), sample_rate
 
 def read_file(file):
-    """The blocks of an audio file, and of those that were joined to it."""
+    """Blocks of an audio file and of those joined to it; then ValueError if a part is missing."""
     file = file if file.seekable() else io.BytesIO(file.read())
+    file.seek(0)
     head, more, files = file.read(4), 2**30, [file]
     if head == b"vers":
-        raise ValueError("a pointer of git-lfs, and not the sound: run git lfs pull")
+        raise ValueError("a pointer of git-lfs, not sound: run git lfs pull")
     if head == b"OggS":  # the first page of each stream is marked
         streams = re.split(rb"(?=OggS\0[\2\6])", head + file.read())
         files, more = [io.BytesIO(stream) for stream in streams[1:]], 0
     while files:
         file = files.pop(0)
-        yield from read_sound(file, more)
+        stated = soundfile.SoundFile(Longer(file, more // 2)).frames
+        sound = soundfile.SoundFile(Longer(file, more))
+        sound.seekable = lambda: False  # seeking is inexact, or fails
+        rate, count, block, whole = sound.samplerate, 0, [0], True
+        while len(block) and whole:
+            block = np.full((10 * rate, sound.channels), np.nan, np.float32)
+            try:
+                block = sound.read(out=block)
+            except soundfile.LibsndfileError:
+                block, whole = block[np.isfinite(block[:, 0])], False
+            count += len(block)
+            yield block, rate
+        if stated == sound.frames and rate / 4 < stated - count < 2**62:  # 2**63: unknown
+            raise ValueError(f"only {count / rate:.1f} of {stated / rate:.1f} s can be read")
         rest = TAGS.sub(b"", file.read())
         if len(rest) > 1000 and rest.startswith((b"\xff", b"ID3")) and head != b"fLaC":  # an MP3
             files.append(io.BytesIO(rest))
-    if len(rest) > 4096 and head.startswith((b"\xff", b"ID3", b"fLaC")):
+    if len(rest) > 4096 and sound.format in ("MP3", "FLAC"):
         raise ValueError(f"{len(rest)} bytes follow that are not readable")
 
-def read_sound(file, more):
-    """The blocks of one sound. Raises ValueError at its end if a part of it is missing. Where
-    libsndfile guesses its length by the size of the file, `more` bytes let it read all."""
-    stated = soundfile.SoundFile(Longer(file, more // 2)).frames
-    sound = soundfile.SoundFile(Longer(file, more))
-    sound.seekable = lambda: False  # seeking is inexact in some files, and fails in others
-    rate, count, block, whole = sound.samplerate, 0, [0], True
-    while len(block) and whole:
-        block = np.full((10 * rate, sound.channels), np.nan, np.float32)
-        try:
-            block = sound.read(out=block)
-        except soundfile.LibsndfileError:
-            block, whole = block[np.isfinite(block[:, 0])], False
-        count += len(block)
-        yield block, rate
-    if stated == sound.frames and rate / 4 < stated - count < 2**62:  # in FLAC, 2**63 is unknown
-        raise ValueError(f"only {count / rate:.1f} of {stated / rate:.1f} s can be read")
-
 class Longer:
-    """A file that says that it is `more` bytes longer."""
+    """A file that seems `more` bytes longer: where its size is all that is known, all is read."""
 
     def __init__(self, file, more):
         file.seek(0)
@@ -163,11 +142,10 @@ def as_samples(array):
     if hasattr(array, "detach"):
         array = array.detach().cpu()
         array = array.float() if array.is_floating_point() else array  # NumPy has no bfloat16
-    samples = np.asarray(array)
+    samples = np.atleast_2d(array)
     numeric = samples.dtype.kind in "fi" or samples.dtype == np.uint8
-    if samples.ndim not in (1, 2) or not samples.size or not numeric:
+    if samples.ndim != 2 or not samples.size or not numeric:
         raise ValueError(f"{samples.dtype} of shape {samples.shape} is not one clip of sound")
-    samples = np.atleast_2d(samples)
     samples = samples.T if samples.shape[0] < samples.shape[1] else samples
     if samples.dtype.kind != "f":
         bits = 8 * samples.itemsize
@@ -179,8 +157,7 @@ def as_samples(array):
 
 def split_audio(blocks):
     """Cut a stream of arrays into pieces of 15 to 28 s, in the middle of the quietest 0.1 s.
-    Yields the start of each piece in seconds, and its samples. The last is what is left, also when
-    `blocks` raises InputError."""
+    Yields the start of each piece in seconds, and its samples; then raises what `blocks` raises."""
     rest, start, fault = np.zeros(0, np.float32), 0, None
     first, last, window = 15 * SAMPLE_RATE, 28 * SAMPLE_RATE, SAMPLE_RATE // 10
     try:
@@ -193,7 +170,7 @@ def split_audio(blocks):
                 rest, start = rest[cut:], start + cut
     except InputError as error:
         fault = error
-    if len(rest) > (SHORTEST * SAMPLE_RATE if fault else 0):
+    if len(rest) > (400 if fault else 0):  # less is too short
         yield start / SAMPLE_RATE, rest
     if fault:
         raise fault
@@ -230,10 +207,9 @@ def read_data(file):
             tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {}
             rows = csv.DictReader(file.open(encoding="utf-8-sig", newline=""), strict=True, **tabs)
         elif file.suffix in (".json", ".jsonl"):
-            text = file.read_text("utf-8-sig")
-            rows = (json.loads(line) for line in text.split("\n") if line.strip())
-            if text.lstrip().startswith("["):  # one array
-                rows = json.loads(text)
+            text = file.read_text("utf-8-sig").strip()
+            lines = re.split(r"\n\s*", text)
+            rows = json.loads(text) if text[:1] == "[" else map(json.loads, lines)
         else:
             raise ValueError("not .jsonl, .csv, .tsv, .parquet or a folder")
         for row in rows:
@@ -264,15 +240,14 @@ def to_clip(row, name, folder=""):
     if isinstance(audio, dict) and "array" not in audio:  # as Hugging Face datasets keep audio
         audio = audio.get("bytes") or audio.get("path")
     if isinstance(audio, str):
-        path = Path(folder, audio)
-        beside = Path(folder, "clips", audio)  # as Common Voice has it
+        path, beside = Path(folder, audio), Path(folder, "clips", audio)  # of Common Voice
         audio = name = str(beside if beside.exists() else path)
     elif isinstance(audio, bytes):
         name = hashlib.md5(audio).hexdigest()
-    if row.get("offset") not in (None, ""):  # of NeMo. Without it, duration is that of the file
+    if row.get("offset") not in (None, ""):  # of NeMo; duration alone is all
         stretch = {key: float(row[key]) for key in ("offset", "duration") if row.get(key)}
         audio, name = {"path": audio, **stretch}, f"{name}@{row['offset']}+{row.get('duration')}"
-    if not isinstance(text, (str, int, float, type(None))):
+    if isinstance(text, (list, dict, bytes)):
         raise InputError(f"{name}: its text is a {type(text).__name__}, not a string")
     text = "" if text is None or text != text else clean_text(str(text))  # NaN is no text
     return {"name": name, "audio": audio, "text": text}
@@ -297,8 +272,7 @@ def open_stream(name, split):
 def stream_clips(rows, hub_id):
     """Clips of a stream, as of `read_clips`."""
     try:
-        for row in rows:
-            yield to_clip(row, hub_id)
+        yield from (to_clip(row, hub_id) for row in rows)
     except (OSError, ValueError) as error:
         raise InputError(f"{hub_id}: the stream broke off ({first_line(error)})") from None
 
@@ -351,10 +325,9 @@ def no_speech(count, seed):
 def write_file(path, data):
     """Write text or bytes under another name, then rename: a file is whole or it is not there."""
     path = Path(path)
-    unfinished = path.with_name(f"{path.name[-60:]}.unfinished")  # a name has 255 bytes at most
-    data = data.encode(errors="replace") if isinstance(data, str) else data
+    unfinished = path.with_name(f"{path.name[-60:]}.unfinished")  # of 255 bytes at most
     try:
-        unfinished.write_bytes(data)
+        unfinished.write_bytes(data.encode(errors="replace") if isinstance(data, str) else data)
         unfinished.replace(path)
     except OSError as error:
         raise InputError(f"{path}: {first_line(error)}") from None
