@@ -99,8 +99,8 @@ def read_file(file):
     if head == b"vers":
         raise ValueError("a pointer of git-lfs, not sound: run git lfs pull")
     if head == b"OggS":  # the first page of each stream is marked
-        streams = re.split(rb"(?=OggS\0[\2\6])", head + file.read())
-        files, more = [io.BytesIO(stream) for stream in streams[1:]], 0
+        streams = re.split(rb"(?!\A)(?=OggS\0[\2\6])", head + file.read())
+        files, more = [io.BytesIO(stream) for stream in streams], 0
     while files:
         file = files.pop(0)
         stated = soundfile.SoundFile(Longer(file, more // 2)).frames

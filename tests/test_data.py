@@ -86,7 +86,7 @@ def test_unusable_sound_is_one_line_that_names_the_file(tmp_path):
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 16_000, subtype="FLOAT")
     soundfile.write(tmp_path / "loud.wav", tone(1) * 2**15, 16_000, subtype="FLOAT")
     (tmp_path / "lfs.wav").write_text("version https://git-lfs.github.com/spec/v1\n")
-    (tmp_path / "a.raw").write_bytes(bytes(9999))
+    (tmp_path / "a.raw").write_bytes(b"OggS" + bytes(9999))
     soundfile.write(tmp_path / "short.wav", tone(0.02), 16_000)
     names = ("lfs.wav", "a.raw", "short.wav", "text.wav", "empty.wav", "none.wav", "nan.wav",
              "loud.wav", "missing.wav", ".", "")
