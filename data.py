@@ -1,16 +1,10 @@
-"""Sound and text in: waveforms, rows of data files and of the Hub, batches, augmentation.
-
-    from data import load_audio, read_clips
-    wave = load_audio("file.mp3")       # float32 (samples,), mono, 16 kHz
-    clips = read_clips("mine.jsonl")    # dicts name, audio, text
-
-It knows nothing of models.
-"""
+"""Sound and text in: waveforms, rows of data files and of the Hub, batches, augmentation."""
 import csv
 import glob
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -23,6 +17,7 @@ SAMPLE_RATE = 16_000  # Hz
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".m4a")
 AUDIO_COLUMNS = ("audio", "wav", "file_name", "audio_filepath", "path")
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")
+TAGS = re.compile(rb"\A(\0+|TAG.{125}|APETAGEX.+?APETAGEX.{24})*", re.DOTALL)  # behind an MP3
 MARKS = {"COMMA": ",", "PERIOD": ".", "QUESTIONMARK": "?", "EXCLAMATIONPOINT": "!"}
 
 class InputError(Exception):
@@ -33,30 +28,50 @@ def first_line(error):
 
 def run(main):
     """Call the main() of a script: what the user can mend is one line, and exit status 1."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
+    except BrokenPipeError:  # of | head
+        os._exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (InputError, OSError, ModuleNotFoundError) as error:  # gradio and wandb are optional
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
-def load_audio(source, sample_rate=SAMPLE_RATE):
+def load_audio(source, sample_rate=SAMPLE_RATE, longest=1e9):
     """What `read_audio` takes -> float32 array (samples,), mono, 16 kHz."""
-    return np.concatenate(list(read_audio(source, sample_rate)))
+    return np.concatenate(list(read_audio(source, sample_rate, longest)))
 
-def read_audio(source, sample_rate=SAMPLE_RATE):
+def read_audio(source, sample_rate=SAMPLE_RATE, longest=1e9):
     """Yields float32 arrays (samples,), mono, 16 kHz: of a file 10 s at a time, an array at once.
-    source is a path, bytes or file object of what libsndfile reads; an array or tensor (samples,),
-    (samples, channels) or (channels, samples), float in [-1, 1] or integer, of sample_rate in Hz;
-    or a dict of bytes or path (Hugging Face, undecoded), or of array and sampling_rate. Raises
-    InputError, behind the last sample if a part of a file is missing."""
-    name = source if isinstance(source, (str, Path)) else "audio input"
-    resampler = None
+    source is a path, bytes or file; an array or tensor (samples,), (samples, channels) or
+    (channels, samples), float in [-1, 1] or integer, of sample_rate in Hz; or a dict of Hugging
+    Face, also of a stretch. Raises InputError, behind the last sample if a part is missing."""
+    row = source if isinstance(source, dict) else {"path": source}
+    name = row["path"] if isinstance(row.get("path"), (str, Path)) else "audio input"
+    sound = row.get("array", row.get("bytes") or row.get("path"))
+    sound = io.BytesIO(sound) if isinstance(sound, (bytes, bytearray, memoryview)) else sound
+    start, place, known = row.get("offset", 0), 0, None
+    end = start + min(row.get("duration", 1e9), longest)
     try:
-        for block, rate in read_blocks(source, sample_rate):
-            if not np.abs(block).max() < 16:  # loud is fine, int16 kept as float is not
+        for block, rate in read_blocks(sound, row.get("sampling_rate", sample_rate)):
+            if not np.isfinite(block).all() or np.abs(block).max(initial=0) > 16:  # not just loud
                 raise ValueError("samples are not numbers from -1 to 1")
-            resampler = resampler or soxr.ResampleStream(rate, SAMPLE_RATE, 1)
-            yield resampler.resample_chunk(block.mean(axis=1))
+            mono, energies = block.mean(axis=1), np.square(block).sum(axis=0)
+            if np.square(mono).sum() < 0.01 * energies.max():  # they cancel out
+                mono = block[:, (energies > energies.max() / 2).argmax()]
+            if rate != known:  # joined files may have several
+                resampler, known = soxr.ResampleStream(rate, SAMPLE_RATE, 1), rate
+            first, last = (max(0, round((x - place) * rate)) for x in (start, end))
+            yield resampler.resample_chunk(mono[first:last])
+            place += len(block) / rate
+            if place > end:
+                break
         yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+        if min(place, end) - start < 0.025:  # a window of the encoders
+            raise ValueError("too short")
     except soundfile.LibsndfileError as error:
         raise InputError(f"{name}: not readable as audio ({error.error_string}); try ffmpeg -i "
                          f"{Path(name).name} new.wav") from None
@@ -65,65 +80,100 @@ def read_audio(source, sample_rate=SAMPLE_RATE):
 
 def read_blocks(source, sample_rate):
     """Yields (float32 array (samples, channels), its rate in Hz)."""
-    if isinstance(source, dict):  # of Hugging Face datasets
-        sample_rate = source.get("sampling_rate", sample_rate)
-        source = source.get("array", source.get("bytes") or source.get("path"))
-    if isinstance(source, bytes):
-        source = io.BytesIO(source)
     if isinstance(source, (str, Path)):
         with open(source, "rb") as file:
             yield from read_file(file)
     elif hasattr(source, "read"):
         yield from read_file(source)
+    elif hasattr(source, "get_all_samples"):
+        found = source.get_all_samples()
+        yield as_samples(found.data), found.sample_rate
     else:
         yield as_samples(source), sample_rate
 
 def read_file(file):
-    """The blocks of an audio file. Raises ValueError at its end if a part of it is missing."""
-    sound, count = soundfile.SoundFile(file), 0
-    rate = sound.samplerate
-    while len(block := sound.read(10 * rate, "float32", always_2d=True)):
-        yield block, rate
-        count += len(block)
-    rest = len(file.read())
-    if not count:
-        raise ValueError("no sound in it (0 samples)")
-    wrong_length = rest > 4096 and sound.format in ("MP3", "FLAC")  # tags are shorter
-    if count < 0.99 * sound.frames or wrong_length:
-        raise ValueError(f"only {count / rate:.1f} of {sound.frames / rate:.1f} s can be read, and "
-                         f"{rest} bytes follow")
+    """Blocks of an audio file and of those joined to it; then ValueError if a part is missing."""
+    file = file if file.seekable() else io.BytesIO(file.read())
+    file.seek(0)
+    head, more, files = file.read(4), 2**30, [file]
+    if head == b"vers":
+        raise ValueError("a pointer of git-lfs, not sound: run git lfs pull")
+    if head == b"OggS":  # the first page of each stream is marked
+        streams = re.split(rb"(?!\A)(?=OggS\0[\2\6])", head + file.read())
+        files, more = [io.BytesIO(stream) for stream in streams], 0
+    while files:
+        file = files.pop(0)
+        stated = soundfile.SoundFile(Longer(file, more // 2)).frames
+        sound = soundfile.SoundFile(Longer(file, more))
+        sound.seekable = lambda: False  # seeking is inexact, or fails
+        rate, count, block, whole = sound.samplerate, 0, [0], True
+        while len(block) and whole:
+            block = np.full((10 * rate, sound.channels), np.nan, np.float32)
+            try:
+                block = sound.read(out=block)
+            except soundfile.LibsndfileError:
+                block, whole = block[np.isfinite(block[:, 0])], False
+            count += len(block)
+            yield block, rate
+        if stated == sound.frames and rate / 4 < stated - count < 2**62:  # 2**63: unknown
+            raise ValueError(f"only {count / rate:.1f} of {stated / rate:.1f} s can be read")
+        rest = TAGS.sub(b"", file.read())
+        if len(rest) > 1000 and rest.startswith((b"\xff", b"ID3")) and head != b"fLaC":  # an MP3
+            files.append(io.BytesIO(rest))
+    if len(rest) > 4096 and sound.format in ("MP3", "FLAC"):
+        raise ValueError(f"{len(rest)} bytes follow that are not readable")
+
+class Longer:
+    """A file that seems `more` bytes longer: where its size is all that is known, all is read."""
+
+    def __init__(self, file, more):
+        file.seek(0)
+        self.file, self.read, self.more, self.added = file, file.read, more, 0
+
+    def seek(self, offset, whence=0):
+        self.file.seek(offset, whence)
+        self.added = self.more if whence == 2 else 0
+
+    def tell(self):
+        return self.file.tell() + self.added
 
 def as_samples(array):
     """Array or tensor -> float32 (samples, channels) in [-1, 1]. The longer dimension is time."""
     if hasattr(array, "detach"):
         array = array.detach().cpu()
         array = array.float() if array.is_floating_point() else array  # NumPy has no bfloat16
-    samples = np.asarray(array)
+    samples = np.atleast_2d(array)
     numeric = samples.dtype.kind in "fi" or samples.dtype == np.uint8
-    if samples.ndim not in (1, 2) or not samples.size or not numeric:
+    if samples.ndim != 2 or not samples.size or not numeric:
         raise ValueError(f"{samples.dtype} of shape {samples.shape} is not one clip of sound")
-    samples = np.atleast_2d(samples)
     samples = samples.T if samples.shape[0] < samples.shape[1] else samples
     if samples.dtype.kind != "f":
         bits = 8 * samples.itemsize
-        bits = min(bits, 16) if np.abs(samples).max() < 2**15 else bits  # often in a wider type
+        if bits > 16:  # a wide type often holds 16 or 24
+            peak = max(int(samples.max()), -1 - int(samples.min()))
+            bits = next(bits for bits in (16, 24, 32, 64) if peak < 2 ** (bits - 1))
         samples = samples / 2.0 ** (bits - 1) - (samples.dtype.kind == "u")
     return samples.astype(np.float32)
 
 def split_audio(blocks):
     """Cut a stream of arrays into pieces of 15 to 28 s, in the middle of the quietest 0.1 s.
-    Yields the start of each piece in seconds, and its samples. The last is what is left."""
-    rest, start = np.zeros(0, np.float32), 0
+    Yields the start of each piece in seconds, and its samples; then raises what `blocks` raises."""
+    rest, start, fault = np.zeros(0, np.float32), 0, None
     first, last, window = 15 * SAMPLE_RATE, 28 * SAMPLE_RATE, SAMPLE_RATE // 10
-    for block in blocks:
-        rest = np.concatenate([rest, block])
-        while len(rest) > last:
-            energy = np.square(rest[first:last]).reshape(-1, window).mean(axis=1)
-            cut = first + int(energy.argmin()) * window + window // 2
-            yield start / SAMPLE_RATE, rest[:cut]
-            rest, start = rest[cut:], start + cut
-    if len(rest):
+    try:
+        for block in blocks:
+            rest = np.concatenate([rest, block])
+            while len(rest) > last:
+                energy = np.square(rest[first:last]).reshape(-1, window).mean(axis=1)
+                cut = first + int(energy.argmin()) * window + window // 2
+                yield start / SAMPLE_RATE, rest[:cut]
+                rest, start = rest[cut:], start + cut
+    except InputError as error:
+        fault = error
+    if len(rest) > (400 if fault else 0):  # less is too short
         yield start / SAMPLE_RATE, rest
+    if fault:
+        raise fault
 
 def clean_text(text):
     """Reference text: tags become punctuation or go, ALL CAPS, even one acronym, lower case."""
@@ -137,10 +187,10 @@ def read_clips(pattern):
     file: dicts name, audio (path or bytes), text (cleaned). pattern is a path, a glob, or several
     with commas between. Audio paths are relative to the file. Raises InputError."""
     files = []
-    for part in map(str.strip, pattern.split(",")):
+    for part in [pattern] if os.path.exists(pattern) else map(str.strip, pattern.split(",")):
         if not part:
             raise InputError(f"'{pattern}': a name is missing")
-        found = [] if Path(part).exists() else sorted(glob.glob(part, recursive=True))
+        found = [] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
         files += map(Path, found or [part])
     return [clip for file in files for clip in read_data(file)]
 
@@ -157,7 +207,9 @@ def read_data(file):
             tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {}
             rows = csv.DictReader(file.open(encoding="utf-8-sig", newline=""), strict=True, **tabs)
         elif file.suffix in (".json", ".jsonl"):
-            rows = (json.loads(line) for line in file.open(encoding="utf-8-sig") if line.strip())
+            text = file.read_text("utf-8-sig").strip()
+            lines = re.split(r"\n\s*", text)
+            rows = json.loads(text) if text[:1] == "[" else map(json.loads, lines)
         else:
             raise ValueError("not .jsonl, .csv, .tsv, .parquet or a folder")
         for row in rows:
@@ -182,17 +234,21 @@ def to_clip(row, name, folder=""):
     audios = [row[column] for column in AUDIO_COLUMNS if column in row]
     texts = [row[column] for column in TEXT_COLUMNS if column in row]
     if not audios or not texts:
-        raise InputError(f"{name} has the columns {', '.join(map(str, row))}; needed are one of "
+        raise InputError(f"{name} has the columns {list(row)}; needed are one of "
                          f"{', '.join(AUDIO_COLUMNS)} and one of {', '.join(TEXT_COLUMNS)}")
     audio, text = audios[0], texts[0]
-    if isinstance(audio, dict):  # as Hugging Face datasets keep audio
+    if isinstance(audio, dict) and "array" not in audio:  # as Hugging Face datasets keep audio
         audio = audio.get("bytes") or audio.get("path")
     if isinstance(audio, str):
-        path = Path(folder, audio)
-        beside = Path(folder, "clips", audio)  # as Common Voice has it
+        path, beside = Path(folder, audio), Path(folder, "clips", audio)  # of Common Voice
         audio = name = str(beside if beside.exists() else path)
     elif isinstance(audio, bytes):
         name = hashlib.md5(audio).hexdigest()
+    if row.get("offset") not in (None, ""):  # of NeMo; duration alone is all
+        stretch = {key: float(row[key]) for key in ("offset", "duration") if row.get(key)}
+        audio, name = {"path": audio, **stretch}, f"{name}@{row['offset']}+{row.get('duration')}"
+    if isinstance(text, (list, dict, bytes)):
+        raise InputError(f"{name}: its text is a {type(text).__name__}, not a string")
     text = "" if text is None or text != text else clean_text(str(text))  # NaN is no text
     return {"name": name, "audio": audio, "text": text}
 
@@ -216,8 +272,7 @@ def open_stream(name, split):
 def stream_clips(rows, hub_id):
     """Clips of a stream, as of `read_clips`."""
     try:
-        for row in rows:
-            yield to_clip(row, hub_id)
+        yield from (to_clip(row, hub_id) for row in rows)
     except (OSError, ValueError) as error:
         raise InputError(f"{hub_id}: the stream broke off ({first_line(error)})") from None
 
@@ -269,9 +324,15 @@ def no_speech(count, seed):
 
 def write_file(path, data):
     """Write text or bytes under another name, then rename: a file is whole or it is not there."""
-    unfinished = Path(f"{path}.unfinished")
-    unfinished.write_bytes(data.encode() if isinstance(data, str) else data)
-    unfinished.replace(path)
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name[-60:]}.unfinished")  # of 255 bytes at most
+    try:
+        unfinished.write_bytes(data.encode(errors="replace") if isinstance(data, str) else data)
+        unfinished.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: {first_line(error)}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 def finished_rows(path):
     """Rows of a .jsonl that a script wrote, without a last line that a crash cut off."""

@@ -1,8 +1,13 @@
 """What goes in: sound of all kinds, texts, data files, batches, augmentation."""
 
+import contextlib
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -10,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 import torch
-from conftest import tone
+from conftest import ROOT, tone
 
 from data import (InputError, augment, clean_text, is_hub_id, load_audio, make_batches, no_speech,
                   read_audio, read_clips, split_audio, write_file)
@@ -26,37 +31,53 @@ def test_formats_come_out_as_mono_16_khz(tmp_path, suffix, rate, channels):
     assert pitch == pytest.approx(440, abs=1)
     assert np.abs(samples).max() == pytest.approx(0.5, abs=0.1)
 
-def test_what_can_be_read_comes_and_then_what_is_missing_is_said(tmp_path):
-    wave, path = tone(40), tmp_path / "a"
-    for kind, cut in (("flac", "not readable"), ("mp3", "of 40.0 s can be read")):
-        file = io.BytesIO()
-        soundfile.write(file, wave, 16_000, format=kind)
-        data = file.getvalue()
-        for broken, message in ((data[:len(data) // 2], cut), (data + data, "bytes follow")):
-            path.write_bytes(broken)
-            blocks = read_audio(path)
-            assert len(next(blocks)) > 16_000
-            with pytest.raises(InputError, match=f"a: .*{message}"):
-                list(blocks)
-    soundfile.write(tmp_path / "a.wav", wave, 16_000)
-    data = (tmp_path / "a.wav").read_bytes() + b"note" + bytes(9999)  # of another program
-    assert len(load_audio(data)) == len(wave)
+def encode(kind, wave, **options):
+    file = io.BytesIO()
+    soundfile.write(file, wave, 16_000, format=kind, **options)
+    return file.getvalue()
+
+def test_what_can_be_read_comes_and_then_what_is_missing_is_said():
+    wave, tag = tone(20), b"APETAGEX" + bytes(9) + b"APETAGEX" + bytes(24) + b"TAG" + bytes(125)
+    flac, mp3, ogg = (encode(kind, wave) for kind in ("flac", "mp3", "ogg"))
+    wav, opus = encode("wav", wave), encode("ogg", wave, subtype="OPUS")
+    guess = encode("mp3", np.pad(wave, (32_000, 0)), bitrate_mode="VARIABLE")
+    frame = guess.index(b"\xff\xf3", 4)  # the first one is the table
+    unknown = flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:]
+    piped = wav[:40] + b"\xff" * 4 + wav[44:]
+    for data, seconds, message in (
+            (flac[:len(flac) // 2], 10, "of 20.0 s"), (mp3[:len(mp3) // 2], 10, "of 20.0 s"),
+            (wav[:len(wav) // 2], 10, "of 20.0 s"), (flac + flac, 20, "bytes follow"),
+            (mp3 + bytes(9999) + b"no" * 9999, 20, "bytes follow"), (ogg + opus, 40, None),
+            (mp3 + tag + mp3, 40, None), (mp3 + tag + bytes(9999), 20, None), (unknown, 20, None),
+            (guess[frame:], 22, None), (guess[frame:] + bytes(9999) + mp3, 42, None),
+            (piped, 20, None), (wav + b"note" + bytes(9999), 20, None)):
+        pieces, blocks = [], split_audio(read_audio(data))
+        with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+            pieces.extend(piece for _, piece in blocks)
+        assert len(np.concatenate(pieces)) / 16_000 == pytest.approx(seconds, abs=0.5)
 
 def test_every_way_to_hand_over_a_clip_gives_the_same(tmp_path):
     wave, path = tone(0.5), tmp_path / "a.wav"
     soundfile.write(path, wave, 16_000, subtype="FLOAT")
     data, tensor = path.read_bytes(), torch.from_numpy(wave)
+    found = SimpleNamespace(data=tensor[None], sample_rate=16_000)
+    pipe, end = os.pipe()
+    open(end, "wb").write(data)
     for source in (path, str(path), data, io.BytesIO(data), wave, wave[:, None], wave[None],
+                   bytearray(data), memoryview(data), open(pipe, "rb"), np.stack([wave, -wave]),
+                   SimpleNamespace(get_all_samples=lambda: found),
                    np.stack([wave, wave]), np.stack([wave, wave], 1), tensor, tensor[None],
                    tensor.clone().requires_grad_(), {"array": wave, "sampling_rate": 16_000},
                    {"bytes": data, "path": "x.wav"}, {"bytes": None, "path": str(path)}):
         np.testing.assert_array_equal(load_audio(source), wave)
     for kind, half, middle in ((np.uint8, 2**7, 2**7), (np.int8, 2**7, 0), (np.int16, 2**15, 0),
-                               (np.int32, 2**31, 0), (np.int64, 2**15, 0)):
-        samples = load_audio((wave.astype(float) * half + middle).astype(kind))
-        np.testing.assert_allclose(samples, wave, atol=1 / half + 1e-6)
+                               (np.int32, 2**31, 0), (np.int64, 2**15, 0), (np.int64, 2**23, 0)):
+        samples = (wave.astype(float) * half + middle).astype(kind)
+        samples[0] = middle - half  # the lowest that there is
+        np.testing.assert_allclose(load_audio(samples)[1:], wave[1:], atol=1 / half + 1e-6)
     assert len(load_audio(wave, sample_rate=8000)) == 16_000
     assert load_audio(tensor.bfloat16()).dtype == np.float32
+    assert len(load_audio(encode("wav", tone(50)), longest=31)) == 31 * 16_000
 
 def test_unusable_sound_is_one_line_that_names_the_file(tmp_path):
     (tmp_path / "text.wav").write_text("not audio")
@@ -64,9 +85,13 @@ def test_unusable_sound_is_one_line_that_names_the_file(tmp_path):
     soundfile.write(tmp_path / "none.wav", np.zeros(0), 16_000)
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 16_000, subtype="FLOAT")
     soundfile.write(tmp_path / "loud.wav", tone(1) * 2**15, 16_000, subtype="FLOAT")
-    names = ("text.wav", "empty.wav", "none.wav", "nan.wav", "loud.wav", "missing.wav", ".", "")
-    others = (np.zeros((2, 3, 100)), None, ["a", "b"], [[1, 2], [3]], np.zeros(0), b"", 5, 0.5,
-              np.zeros(9, np.uint16), np.zeros(9, complex), tone(1) * 2**15, {"path": None}, {})
+    (tmp_path / "lfs.wav").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "a.raw").write_bytes(b"OggS" + bytes(9999))
+    soundfile.write(tmp_path / "short.wav", tone(0.02), 16_000)
+    names = ("lfs.wav", "a.raw", "short.wav", "text.wav", "empty.wav", "none.wav", "nan.wav",
+             "loud.wav", "missing.wav", ".", "")
+    others = (tone(0.02), np.zeros((2, 3, 100)), None, ["a", "b"], [[1, 2], [3]], b"", 5, {},
+              np.zeros(9, np.uint16), np.zeros(9, complex), tone(1) * 2**15, {"path": None})
     for source in (*(str(tmp_path / name) for name in names), *others):
         with pytest.raises(InputError) as error:
             load_audio(source)
@@ -119,6 +144,8 @@ def test_data_files_of_every_kind_hold_the_same_clips(tmp_path):
      ["if a < b and c > d", ""]),
     ("[1].jsonl", '{"file_name": "1,5.wav", "transcription": 42}\n'
                   '{"audio_filepath": "2.wav", "text": NaN}\n', ["42", ""]),
+    ("a, b.json", '[{"audio": "1,5.wav", "text": "a"},\n {"audio": "2.wav", "text": "b"}]',
+     ["a", "b"]),
     ("manifest.json", '{"audio_filepath": "1,5.wav", "text": "a"}\n'
                       '{"audio_filepath": "2.wav", "text": null}\n', ["a", ""])])
 def test_data_files_as_others_leave_them(tmp_path, name, content, texts):
@@ -131,18 +158,39 @@ def test_data_files_as_others_leave_them(tmp_path, name, content, texts):
 @pytest.mark.parametrize("name, content", [
     ("missing.jsonl: No such", None), ("a.docx", b""), ("a.parquet", b"PAR1"), ("a.jsonl", b"no"),
     ("list.jsonl", b"[1]\n"), ("no_text.jsonl", b'{"audio": "a.wav"}\n'),
-    ("no_audio.csv", b"id,text\n1,one\n"), ("latin.csv", b"audio,text\na,\xe9\n"),
-    ("a.csv: row 1: more cells", b"audio,text\n1.wav,one, two\n"),
+    ("no_audio.csv", b"id,text\n1,one\n"), ("l.jsonl#1: its text", b'{"path": 1, "text": []}'),
+    ("latin.csv", b"audio,text\na,\xe9\n"), ("a.csv: row 1: more", b"audio,text\n1.wav,one, two\n"),
     ("a.csv: row 2", b'audio,text\n1.wav,one\n2.wav,"two\n3.wav,three\n'),
     ("a.jsonl: row 3", b'{"audio": 1, "text": ""}\n{"audio": 1, "text": ""}\n{"audio\n'),
     (r"needed are one of audio, .* and one of text, ", b"id,note\n1,one\n")])
 def test_data_files_that_cannot_be_read(tmp_path, name, content):
-    file = tmp_path / (name.split(":")[0] if "." in name[:12] else "a.csv")
+    file = tmp_path / (name.split(":")[0].split("#")[0] if "." in name[:12] else "a.csv")
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(InputError, match=name) as error:
         read_clips(str(file))
     assert "\n" not in str(error.value)
+
+def test_a_row_may_be_a_stretch_of_a_file(tmp_path):
+    wave, rows = tone(25), [{"duration": 24.9}, {"offset": 0, "duration": 0.5},
+                            {"offset": 9.75, "duration": 0.5}, {"offset": 24.5}]
+    soundfile.write(tmp_path / "a.flac", wave, 16_000)
+    rows = [{"audio": "a.flac", "text": "", **row} for row in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    clips = read_clips(str(tmp_path / "a.jsonl"))
+    assert len({clip["name"] for clip in clips}) == 4
+    for clip, start, end in zip(clips, (0, 0, 156_000, 392_000), (400_000, 8_000, 164_000, None)):
+        np.testing.assert_allclose(load_audio(clip["audio"]), wave[start:end], atol=1e-4)
+
+@pytest.mark.parametrize("code, status, out, err", [
+    ("print('\u65e5')", 0, b"\\u65e5\n", b""), ("raise KeyboardInterrupt", 130, b"", b""),
+    ("os.close(1) or os.dup2(pipe(), 1) and print(9)", 1, b"", b"")])
+def test_scripts_end_without_a_traceback(code, status, out, err):
+    head = "import os, data\ndef pipe():\n a, b = os.pipe()\n os.close(a)\n return b\n"
+    done = subprocess.run([sys.executable, "-c", f"{head}def main():\n {code}\ndata.run(main)"],
+                          cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+                          capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr.replace(b"\r", b"")) == (status, out, err)
 
 def test_folders_and_names_of_data(tmp_path, monkeypatch):
     """Recordings without a text, Common Voice's layout, and names that are no hub ids."""
@@ -196,10 +244,12 @@ def test_no_speech_is_sound_without_text():
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     write_file(tmp_path / "a", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_file(tmp_path / "a", "new \ud800")
+    (tmp_path / "c").mkdir()
+    with pytest.raises(InputError, match="c: "):
+        write_file(tmp_path / "c", "new")
     with open(tmp_path / "a") as old:
         write_file(tmp_path / "a", b"new")
         assert old.read() == "old"  # the new one took its place, and did not write over it
     assert (tmp_path / "a").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    write_file(tmp_path / ("b" * 246), "name \udcff")  # of a file, and no UTF-8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b" * 246, "c"]
