@@ -208,7 +208,7 @@ def read_data(file):
             rows = csv.DictReader(file.open(encoding="utf-8-sig", newline=""), strict=True, **tabs)
         elif file.suffix in (".json", ".jsonl"):
             text = file.read_text("utf-8-sig").strip()
-            lines = re.split(r"\n\s*", text)
+            lines = [line for line in text.split("\n") if line.strip()]
             rows = json.loads(text) if text[:1] == "[" else map(json.loads, lines)
         else:
             raise ValueError("not .jsonl, .csv, .tsv, .parquet or a folder")
@@ -255,7 +255,7 @@ def to_clip(row, name, folder=""):
 def is_hub_id(name):
     """Whether a name is owner/name[:config[:split]] of the Hub, and not that of a file."""
     suffixes = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-    is_file = Path(name).parent.is_dir() or name.endswith(suffixes)
+    is_file = Path(name).parent.is_dir() and ":" not in name or name.endswith(suffixes)
     return not is_file and bool(re.fullmatch(r"[\w-]+/[\w.-]+(:[\w.-]*){0,2}", name))
 
 def open_stream(name, split):

@@ -12,6 +12,7 @@ Ctrl-C or SIGTERM saves and stops. --out holds the best checkpoint so far, by th
 """
 import argparse
 import datetime
+import io
 import itertools
 import json
 import math
@@ -378,7 +379,9 @@ def save(args, model, optimizer, rows, step, places):
     state = {"args": vars(args), "step": step, "places": places, "rows": rows,
              "trained": model.trained(), "tokens": list(model.ctc.classes),
              "optimizer": optimizer.state_dict()}
-    write_file(Path(args.out, "state.pt"), partial(torch.save, state))
+    file = io.BytesIO()
+    torch.save(state, file)
+    write_file(Path(args.out, "state.pt"), file.getbuffer())
 
 def catch_signals():
     """A list that fills with what asks for a stop; the loop looks at it behind each step. A second
