@@ -57,8 +57,8 @@ def find_device(name=None):
     """The torch.device of a name; without one the accelerator, or the CPU. Raises InputError."""
     best = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     if not name and best == "cpu" and torch.version.cuda and shutil.which("nvidia-smi"):
-        raise InputError(f"torch {torch.__version__} does not see the GPU of this machine: it needs "
-                         "a newer driver, or another torch (README); --device cpu does without")
+        raise InputError(f"torch {torch.__version__} does not see the GPU that is here: it needs a "
+                         "newer driver, or another torch (README); --device cpu does without")
     try:
         return torch.empty(0, device=best).device
     except (RuntimeError, AssertionError):

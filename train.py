@@ -29,7 +29,6 @@ from timeit import repeat
 import numpy as np
 import torch
 import torch.distributed as dist
-from datasets.distributed import split_dataset_by_node
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -41,8 +40,10 @@ from eval import corpus_wer
 from tinyaudio import DECODINGS, TinyAudio, find_device
 
 HUB_SETS = {  # name -> what to train on, what to validate on
-    "loquacious": [f"speechbrain/LoquaciousSet:medium:{split}" for split in ("train", "dev")],
-    "librispeech": [f"openslr/librispeech_asr:clean:{split}" for split in ("train.360", "validation")],
+    "loquacious": ["speechbrain/LoquaciousSet:medium:train",
+                   "speechbrain/LoquaciousSet:medium:dev"],
+    "librispeech": ["openslr/librispeech_asr:clean:train.360",
+                    "openslr/librispeech_asr:clean:validation"],
 }
 MAX_SECONDS = 30  # longer clips are left out
 NO_SPEECH = 0.03  # fraction of clips that are added: noise and tones, with an empty text
@@ -245,6 +246,7 @@ def load_data(args, model, rank, world):
         # The texts are not known yet: CTC may use every token that is made of letters.
         texts = enumerate(map(model.tokenizer.decode, range(len(model.tokenizer))))
         model.set_ctc_tokens(i for i, x in texts if x.isascii() and x.strip().isalpha())
+        from datasets.distributed import split_dataset_by_node
         rows = open_stream(train_name, "train")
         by = "shards" if rows.num_shards >= world else "examples"
         rows = split_dataset_by_node(rows, rank, world, strategy=by)
@@ -373,9 +375,9 @@ def best_step(rows):
 def save(args, model, optimizer, rows, step, places):
     """Write state.pt for --resume; and, if no step was better, what `from_pretrained` reads."""
     if best_step(rows) in (step, None):
-        found = [f"{wer:.2%} by {decode}" for row in rows[-1:] for decode, wer in row["wer"].items()]
-        notes = f"{step} steps. WER of validation clips: {', '.join(found)}"
-        model.save_pretrained(args.out, notes)
+        wers = rows[-1].get("wer", {}) if rows else {}
+        found = ", ".join(f"{wer:.2%} by {decode}" for decode, wer in wers.items())
+        model.save_pretrained(args.out, f"{step} steps. WER of validation clips: {found}")
     state = {"args": vars(args), "step": step, "places": places, "rows": rows,
              "trained": model.trained(), "tokens": list(model.ctc.classes),
              "optimizer": optimizer.state_dict()}
