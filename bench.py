@@ -57,6 +57,7 @@ def plan(args):
                            for side in ("in", "out"))
     n_encoder, n_projector, n_decoder = map(parameters, (encoder, projector, decoder))
     n_lora = args.lora_rank * (width_in + width_out)
+    trained = n_projector + n_lora
     vocabulary = decoder.get_input_embeddings().weight.numel()
     body = parameters(decoder.base_model) - vocabulary
     # Of a second of sound: 10 frames, 3.3 tokens, 3 positions of the prompt
@@ -69,7 +70,7 @@ def plan(args):
         per_position = per_position / layers + 2 * layers * decoder.config.hidden_size
         flops_per_weight = 6
     memory = {"frozen weights": 2 * (n_encoder + n_decoder),
-              "trained, AdamW": 16 * (n_projector + n_lora),
+              "trained, AdamW": 16 * trained,
               "activations": seconds * (rate * per_position + 33 * decoder.config.vocab_size),
               "CTC": seconds * 10 * 12 * decoder.config.vocab_size / 2, "CUDA": 2e9}
     total, parts = sum(memory.values()), [f"{name} {x / 1e9:.1f}" for name, x in memory.items()]
@@ -77,11 +78,11 @@ def plan(args):
     flops += rate * (flops_per_weight * body + 6 * n_lora)
     print(f"{args.encoder} {n_encoder / 1e6:.0f}M -> projector {n_projector / 1e6:.2f}M (hidden "
           f"{projector.hidden}) -> {args.decoder} {n_decoder / 1e6:.0f}M: "
-          f"{(n_projector + n_lora) / (n_encoder + n_projector + n_lora + n_decoder):.2%} is trained"
-          f"\n{total / 1e9:.1f} GB at --batch-seconds {seconds:g}: {', '.join(parts)}\n"
+          f"{trained / (n_encoder + trained + n_decoder):.2%} is trained\n"
+          f"{total / 1e9:.1f} GB at --batch-seconds {seconds:g}: {', '.join(parts)}\n"
           f"{flops / 1e9:.0f} GFLOP per second of sound in phase 2; 2000 h of sound at 35% MFU and "
           "60 validations, calculated:\n\n"
-          "| GPU | x real time | hours | of them to validate | USD | fits |\n|---|---|---|---|---|---|")
+          "| GPU | x real time | hours | to validate | USD | fits |\n|---|---|---|---|---|---|")
     for name, (gb, bandwidth, teraflops, price) in GPUS.items():
         speed = 0.35 * teraflops * 1e12 / flops
         # 200 clips in 17 batches, greedy and joint, 40 tokens each: all weights are read each time

@@ -105,7 +105,7 @@ def read_file(file):
         file = files.pop(0)
         stated = soundfile.SoundFile(Longer(file, more // 2)).frames
         sound = soundfile.SoundFile(Longer(file, more))
-        sound.seekable = lambda: False  # seeking is inexact, or fails
+        sound.seekable = lambda: False  # else soundfile seeks, which is inexact or fails
         rate, count, block, whole = sound.samplerate, 0, [0], True
         while len(block) and whole:
             block = np.full((10 * rate, sound.channels), np.nan, np.float32)
@@ -124,7 +124,8 @@ def read_file(file):
         raise ValueError(f"{len(rest)} bytes follow that are not readable")
 
 class Longer:
-    """A file that seems `more` bytes longer: where its size is all that is known, all is read."""
+    """A file that seems `more` bytes longer. libsndfile guesses some lengths from the size, and
+    reads no further: so it reads all. A length that does not grow is the header's own word."""
 
     def __init__(self, file, more):
         file.seek(0)

@@ -540,15 +540,14 @@ class TinyAudio(nn.Module):
             if sorted(config) != keys:
                 raise ValueError(f"config.json has the keys {', '.join(config)}")
             tensors = safetensors.torch.load_file(folder / "model.safetensors")
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            tokens = tensors.pop("ctc.tokens").tolist()
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
             raise InputError(f"{name} is no checkpoint: {first_line(error)}") from None
         model = cls(**config, device=device, dtype=dtype)
-        tokens = tensors.pop("ctc.tokens", model.ctc.tokens)
-        if len(tokens):
-            model.set_ctc_tokens(tokens.tolist())
-        shapes, expected = ({key: x.shape for key, x in named.items()}
-                            for named in (tensors, model.trained()))
-        if shapes != expected:
+        if tokens:
+            model.set_ctc_tokens(tokens)
+        shapes = [{key: x.shape for key, x in x.items()} for x in (tensors, model.trained())]
+        if shapes[0] != shapes[1]:
             raise InputError(f"{name}: its tensors do not fit its config.json")
         model.load_state_dict(tensors, strict=False)  # the frozen parts are not in it
         if merge:  # the low-rank update into the weights, where it costs nothing
