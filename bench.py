@@ -114,7 +114,8 @@ def make_clips(model, count):
     return clips
 
 def train(model, clips, name):
-    """Forward and backward of B clips, phase 2 without CTC. Returns the loss, a sum over tokens."""
+    """Forward and backward of B clips with frames, by the loss of a phase: CTC, or cross-entropy
+    alone. Returns the loss, a sum over tokens."""
     dtype, answers = model.embed.weight.dtype, [clip["answer"] for clip in clips]
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         weights = "phase 1" in name, "phase 2" in name
@@ -128,7 +129,7 @@ def decode(model, clips, name):
     audio, counts = model.encode([clip["wave"] for clip in clips])
     if name != "encoder":
         model.decode(audio, counts, name)
-    return counts.sum().item()  # waits for the device
+    return audio.sum().item()  # waits for the device
 
 def measure(args):
     """Print a table of decoding and training speeds."""

@@ -256,7 +256,7 @@ def to_clip(row, name, folder=""):
 def is_hub_id(name):
     """Whether a name is owner/name[:config[:split]] of the Hub, and not that of a file."""
     suffixes = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-    is_file = Path(name).parent.is_dir() and ":" not in name or name.endswith(suffixes)
+    is_file = (Path(name).parent.is_dir() and ":" not in name) or name.endswith(suffixes)
     return not is_file and bool(re.fullmatch(r"[\w-]+/[\w.-]+(:[\w.-]*){0,2}", name))
 
 def open_stream(name, split):
@@ -326,7 +326,7 @@ def no_speech(count, seed):
 def write_file(path, data):
     """Write text or bytes under another name, then rename: a file is whole or it is not there."""
     path = Path(path)
-    unfinished = path.with_name(f"{path.name[-60:]}.unfinished")  # of 255 bytes at most
+    unfinished = path.with_name(f"{path.name[-60:]}.unfinished")  # a name has 255 bytes at most
     try:
         unfinished.write_bytes(data.encode(errors="replace") if isinstance(data, str) else data)
         unfinished.replace(path)

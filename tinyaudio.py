@@ -108,7 +108,7 @@ def load_decoder(name, device=None, dtype=None):
         raise InputError(f"{name} has {shape.num_parameters() / 1e9:.1f} billion parameters, and "
                          "torch sees no GPU here: --device cpu runs it all the same, slowly")
     model = load_frozen(hf.AutoModelForCausalLM, name, device, dtype)
-    # The last position of each prompt is a strided view: `F.linear` would copy its weights.
+    # Each prompt's last position is a strided view, for which `F.linear` copies the head's weights.
     head = model.get_output_embeddings()
     head.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous())
     model.generation_config = hf.GenerationConfig()  # plain: its own may punish repeats
@@ -245,11 +245,11 @@ def ctc_prefix_extend(log_probs, clips, ends, last, classes):
     Returns log p that the clip begins with the longer text (R, K), and its ends (R, K, N, 2)."""
     token = log_probs[clips[:, None], :, classes]  # (R, K, N)
     blank = log_probs[clips, None, :, 0]  # (R, 1, N)
-    in_token, in_blank = ends[:, None, :, 0], ends[:, None, :, 1]
+    old_token, old_blank = ends[:, None, :, 0], ends[:, None, :, 1]
     # The longer text can begin behind both; a repeated token needs a blank between.
     repeats = (classes == last[:, None])[:, :, None]
-    before = np.where(repeats, in_blank, np.logaddexp(in_token, in_blank))
-    in_token = [np.where(last[:, None] == 0, token[:, :, 0], -np.inf)]  # now of the longer text
+    before = np.where(repeats, old_blank, np.logaddexp(old_token, old_blank))
+    in_token = [np.where(last[:, None] == 0, token[:, :, 0], -np.inf)]
     in_blank = [np.full_like(in_token[0], -np.inf)]
     for n in range(1, ends.shape[1]):
         in_blank.append(np.logaddexp(in_token[-1], in_blank[-1]) + blank[:, :, n])
@@ -274,8 +274,8 @@ class TinyAudio(nn.Module):
         if isinstance(decoder, str):
             decoder = load_decoder(decoder, device, dtype)
         self.encoder, (self.decoder, self.tokenizer) = encoder, decoder
-        self.encoder.requires_grad_(False)
-        self.decoder.requires_grad_(False)
+        for frozen in (self.encoder, self.decoder):
+            frozen.eval().requires_grad_(False)
         weight, self.end = self.embed.weight, self.tokenizer.eos_token_id
         self.device, dim = weight.device, weight.shape[1]
         rms = weight.norm(dtype=torch.float32).item() / weight.numel()**0.5
@@ -296,10 +296,10 @@ class TinyAudio(nn.Module):
         return self.decoder.get_input_embeddings()
 
     def train(self, mode=True):
-        """As in PyTorch, but the frozen parts stay in eval."""
-        super().train(mode)
-        self.encoder.eval()
-        self.decoder.eval()
+        """As in PyTorch, but the frozen parts stay in eval: another thread may be encoding."""
+        self.training = mode
+        for part in (self.projector, self.ctc, self.lora):
+            part.train(mode)
         return self
 
     def trained(self):
@@ -350,18 +350,18 @@ class TinyAudio(nn.Module):
         return ctc_weight * ctc + lm_weight * lm, torch.stack([ctc, lm]).detach()
 
     def ctc_loss(self, audio, counts, answers):
-        """CTC loss of the tokens that CTC knows. An answer with more than frames counts as zero."""
+        """CTC loss of the tokens that CTC knows. An answer of more tokens than frames adds zero."""
         log_probs = self.ctc(audio, self.embed.weight).log_softmax(-1).transpose(0, 1)
         classes = self.ctc.classes
         answers = [[classes[token] for token in answer if token in classes] for answer in answers]
         sizes = torch.tensor([len(answer) for answer in answers])
-        targets = torch.tensor(sum(answers, []), dtype=torch.int32, device=self.device)
+        targets = torch.tensor(sum(answers, []), dtype=torch.long, device=self.device)
         return F.ctc_loss(log_probs, targets, counts, sizes, reduction="sum", zero_infinity=True)
 
     def lm_loss(self, audio, counts, answers):
         """Cross-entropy of the answers and their end tokens, given the audio."""
         prompts = self.embed_prompt(audio, counts)
-        words = [self.embed_ids(answer) for answer in answers]
+        words = self.embed_ids(sum(answers, [])).split([len(answer) for answer in answers])
         # Padding on the right needs no mask: causal attention never looks there.
         x = pad_sequence([torch.cat(row) for row in zip(prompts, words)], batch_first=True)
         x = self.decoder.base_model(inputs_embeds=x, use_cache=False).last_hidden_state
@@ -546,14 +546,15 @@ class TinyAudio(nn.Module):
         model = cls(**config, device=device, dtype=dtype)
         if tokens:
             model.set_ctc_tokens(tokens)
-        shapes = [{key: x.shape for key, x in x.items()} for x in (tensors, model.trained())]
-        if shapes[0] != shapes[1]:
+        found, own = ({key: x.shape for key, x in named.items()}
+                      for named in (tensors, model.trained()))
+        if found != own:
             raise InputError(f"{name}: its tensors do not fit its config.json")
         model.load_state_dict(tensors, strict=False)  # the frozen parts are not in it
         if merge:  # the low-rank update into the weights, where it costs nothing
-            for name, update in model.lora.items():
+            for layer_name, update in model.lora.items():
                 update.hook.remove()
-                layer = model.decoder.base_model.get_submodule(name.replace("-", "."))
+                layer = model.decoder.base_model.get_submodule(layer_name.replace("-", "."))
                 layer.weight += (update.b @ update.a).detach().to(layer.weight)
             model.lora = nn.ModuleDict()
         model.loaded = tensors  # also what is merged

@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from timeit import repeat
@@ -51,8 +52,9 @@ WINDOW = 1000  # clips of a stream that are shuffled and batched together
 AT_LEAST_1 = ("stack", "hidden", "batch_seconds", "accumulate", "log_every", "eval_every")
 FRACTIONS = ("mask", "dropout", "augment")
 MODEL = ("encoder", "decoder", "stack", "hidden", "lora")  # flags of the model
-RESUMABLE = ("steps", "dataset", "val", "device", "batch_seconds", "accumulate", "wandb")
-THREADS = ThreadPoolExecutor(8)  # that decode sound
+RESUMABLE = ("steps", "dataset", "val", "device", "batch_seconds", "accumulate", "wandb",
+             "checkpointing", "keep_frames")
+THREADS = ThreadPoolExecutor(min(8, os.cpu_count()))  # that decode sound
 
 def parse_args(argv):
     """The flags, and the state to start from, which is that of --resume."""
@@ -109,8 +111,13 @@ def parse_args(argv):
             parser.error(f"--resume does not take {flag}: the run goes on as it was started")
         print(f"{flag} is now {getattr(args, name)}, and was {old[name]}")
     args.out = args.resume
+    if (args.dataset, args.val) != (old["dataset"], old["val"]):
+        if not args.val:  # it would be chosen anew, from clips that were trained on
+            parser.error("--resume with another --dataset needs --val")
+        for row in state["rows"]:
+            row.pop("wer", None)  # of other clips: the best step is looked for anew
     if args.dataset != old["dataset"]:
-        state["places"] = None  # its start
+        state["places"] = None  # the new set begins at its first clip
     return args, state
 
 def usable(clips, model, left_out):
@@ -151,8 +158,11 @@ def encode_once(file, model, clips, share, args):
     """Give clips their `frames`. These lie in a file, and are read from there when they are needed.
     A .jsonl beside it names them in order, so that --resume encodes only what is not there yet."""
     index, dim = file.with_suffix(".jsonl"), model.encoder.dim
-    rows = finished_rows(index) if index.exists() else []
-    done, size = {row["name"] for row in rows}, sum(row["frames"] for row in rows)
+    rows = finished_rows(index) if args.resume and index.exists() else []
+    size = sum(row["frames"] for row in rows)
+    if not file.exists() or file.stat().st_size < 2 * size * dim:  # deleted, or lost in a crash
+        rows, size = [], 0
+    done = {row["name"] for row in rows}
     left = [clip for clip in clips if clip["name"] not in done]
     write_file(index, "".join(json.dumps(row) + "\n" for row in rows))
     with open(file, "ab") as sound, open(index, "a") as names:
@@ -167,8 +177,10 @@ def encode_once(file, model, clips, share, args):
             names.writelines(json.dumps(row) + "\n" for row in rows[-len(batch):])
             names.flush()
             size += int(lengths.sum())
-    frames = torch.from_file(str(file), size=size * dim, dtype=torch.bfloat16).view(-1, dim)
-    kept = dict(zip((row["name"] for row in rows), frames.split([row["frames"] for row in rows])))
+    # A shared map may be larger than main memory. Nothing writes to it.
+    frames = torch.from_file(str(file), shared=True, size=size * dim, dtype=torch.bfloat16)
+    frames = frames.view(-1, dim).split([row["frames"] for row in rows])
+    kept = dict(zip((row["name"] for row in rows), frames))
     for clip in clips:
         clip["frames"] = kept[clip["name"]]
 
@@ -181,15 +193,17 @@ def stream_windows(rows, args, model, val, place):
         position = rows.state_dict()
         clips = stream_clips(itertools.islice(iterator, WINDOW), args.dataset)
         clips = usable([x for x in clips if x["name"] not in held_out], model, Counter())
+        if not clips:
+            print(f"train.py: window {number} of the stream has no usable clip", file=sys.stderr)
         silent = no_speech(round(NO_SPEECH * len(clips)), [args.seed, number])
         yield number, position, clips + silent
 
-def file_windows(clips, args, model, place, rank):
+def file_windows(clips, args, model, place, rank, world):
     """Endless epochs of clips of files, which are encoded once if their frames fit."""
     seconds = sum(clip["seconds"] for clip in clips)
     clips = clips + no_speech(min(300, round(NO_SPEECH * len(clips))), [args.seed, rank])
     size = seconds * model.encoder.frame_rate * model.encoder.dim * 2 / 1e9
-    copies = min(3 if args.augment else 1, int(args.keep_frames / size))
+    copies = min(3 if args.augment else 1, int(args.keep_frames / world / size))
     if copies:
         clips = [{**clip, "name": clip["name"] + copy * " again"}  # each with frames of its own
                  for copy in range(copies) for clip in clips]
@@ -316,18 +330,18 @@ def model_flops(model, clips, ctc_weight, lm_weight):
 def peak_memory(device):
     """Peak in GB so far: of the GPU, or of this process where Linux tells it, else 0."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return sum(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM"))
 
 @torch.no_grad()
-def validate(model, clips, decodings):
+def validate(model, clips, decodings, batch_seconds):
     """CTC loss and cross-entropy per token of clips with frames, WER of each decoding, and the
     reference and hypothesis of one clip."""
     losses, references, texts = 0, [], {decode: [] for decode in decodings}
     model.eval()
-    for batch in make_batches(clips, 120):
+    for batch in make_batches(clips, min(120, batch_seconds)):
         frames, lengths = load_batch(model, batch)
         answers = [clip["answer"] for clip in batch]
         losses += model.loss(frames, lengths, answers, 1, decodings == DECODINGS)[1]
@@ -395,7 +409,8 @@ def catch_signals():
             os._exit(128 + number)
         stop.append(number)
         if number == signal.SIGINT:
-            os.write(2, b"stopping after this step; Ctrl-C again stops at once\n")
+            with suppress(OSError):
+                os.write(2, b"stopping after this step; Ctrl-C again stops at once\n")
         elif number != signal.SIGTERM:  # SIGHUP: the terminal is gone, and print would fail
             sys.stdout = sys.stderr = open(os.devnull, "w")
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
@@ -409,7 +424,7 @@ def main(argv=None):
     args, state = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:  # by torchrun
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and args.device != "cpu":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=datetime.timedelta(hours=6))  # of one validation
     if rank > 0:
@@ -417,8 +432,8 @@ def main(argv=None):
     print(f"device: {find_device(args.device)}")
     out, log_file = Path(args.out), Path(args.out, "log.jsonl")
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "state.pt").exists() and not args.resume:
-        raise InputError(f"{out} holds a run: go on with --resume {out}, or choose another --out")
+    if (out / "model.safetensors").exists() and not args.resume:
+        raise InputError(f"{out} holds a model: go on with --resume {out}, or choose another --out")
     places = state["places"] or [{"number": 0, "position": None, "done": 0}] * world
     if len(places) != world:
         raise InputError(f"{out} was trained by {len(places)} processes, not by {world}")
@@ -432,7 +447,6 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")  # TF32
     model = build_model(args)
     learned = [p for p in model.parameters() if p.requires_grad]
-    bridge = [*model.projector.parameters(), *model.ctc.parameters()]  # all that phase 1 trains
     optimizer = torch.optim.AdamW(learned, betas=(0.9, 0.95), weight_decay=0, fused=True)
     data, val = load_data(args, model, rank, world)
     if args.resume:
@@ -444,7 +458,7 @@ def main(argv=None):
     if rank == 0:
         encode_once(out / "frames-val.bin", model, val, 0, args)
     if isinstance(data, list):
-        windows = file_windows(data, args, model, places[rank], rank)
+        windows = file_windows(data, args, model, places[rank], rank, world)
     else:
         windows = prefetch(stream_windows(data, args, model, val, places[rank]))
     steps = prefetch(make_steps(windows, model, args, places[rank], rank))
@@ -454,6 +468,10 @@ def main(argv=None):
           f"-> {model.config['decoder']}, {dtype}, {model.device} x {world} at {peak / 1e12:.2f} "
           f"TFLOP/s, {len(model.ctc.tokens)} CTC tokens")
 
+    def say(text):
+        with suppress(BrokenPipeError):  # a Ctrl-C ends `| tee`, too
+            print(text)
+
     def log(row):
         rows.append(row)
         if rank == 0:
@@ -462,7 +480,8 @@ def main(argv=None):
             if args.wandb:
                 wandb.log(row, step=row["step"])
 
-    stop, bad_steps, recent, since = catch_signals(), 0, [], time.perf_counter()
+    recent, since = [], time.perf_counter()  # steps since the last log line, and its time
+    stop, bad_steps = catch_signals(), 0
     total = args.ctc_steps + args.steps
     trained_ctc = args.ctc_steps or args.init_from  # an untrained one is of no use in phase 2
     for step in range(state["step"] + 1, total + 1):
@@ -491,9 +510,8 @@ def main(argv=None):
             loss.backward()
             losses += parts
             flops += model_flops(model, batch, *weights)
-        trained, stopped = bridge if phase == 1 else learned, len(stop)
-        for p in trained:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # not in this step's loss
+        stopped = len(stop)
+        trained = [p for p in learned if p.grad is not None]  # phase 1 leaves the LoRA out
         if world > 1:
             sums = torch.tensor([tokens, seconds, flops, stopped], dtype=torch.float64)
             sums = sums.to(model.device)
@@ -503,7 +521,7 @@ def main(argv=None):
         for p in trained:
             p.grad /= tokens
 
-        # Clip and step
+        # Limit the gradient to norm 1, and step
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
         bad_steps = 0 if math.isfinite(norm) else bad_steps + 1
         if not bad_steps:
@@ -522,12 +540,12 @@ def main(argv=None):
             elapsed = time.perf_counter() - since
             tokens, seconds, flops, losses = map(sum, zip(*recent))
             ctc, lm = (losses / tokens).tolist()
-            row = {"step": step, "phase": phase, "epoch": place["number"],  # a stream's window
+            row = {"step": step, "phase": phase, "epoch": place["number"],  # or window of a stream
                    "loss": ctc if phase == 1 else lm, "ctc": ctc, "lr": lr, "norm": norm,
                    "x_real_time": seconds / elapsed, "mfu": flops / elapsed / peak,
                    "memory_gb": peak_memory(model.device),
                    "minutes_left": (end - step) * elapsed / len(recent) / 60}  # of the phase
-            print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            say(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
             log(row)
             recent, since = [], time.perf_counter()
 
@@ -539,19 +557,20 @@ def main(argv=None):
         if check and rank == 0:  # the other processes wait in all_reduce
             if not stopped:
                 with torch.compiler.set_stance("force_eager"):  # decoding has other shapes
-                    (ctc, lm), wers, texts = validate(
-                        model, val, DECODINGS if phase == 2 else ("ctc",))
+                    decodings = DECODINGS if phase == 2 else ("ctc",)
+                    (ctc, lm), wers, texts = validate(model, val, decodings, args.batch_seconds)
                 model.config["decode"] = min(wers, key=wers.get)
                 log({"step": step, "phase": phase, "val_loss": ctc if phase == 1 else lm,
                      "val_ctc": ctc, "wer": wers})
                 plot(out, rows)
-                print(f"step {step}/{total} val_loss {rows[-1]['val_loss']:.4g}, WER of {len(val)} "
-                      "clips: " + ", ".join(f"{100 * x:.1f} % {name}" for name, x in wers.items())
-                      + f"; best: step {best_step(rows)}\n    ref: {texts[0]}\n    hyp: {texts[1]}")
+                found = ", ".join(f"{100 * wer:.1f} % {name}" for name, wer in wers.items())
+                say(f"step {step}/{total} val_loss {rows[-1]['val_loss']:.4g}, WER of {len(val)} "
+                    f"clips: {found}; best: step {best_step(rows)}\n"
+                    f"    ref: {texts[0]}\n    hyp: {texts[1]}")
             save(args, model, optimizer, rows, step, places)
             since = time.perf_counter()
         if stopped:
-            print(f"stopped after step {step}: python train.py --resume {out} goes on")
+            say(f"stopped after step {step}: python train.py --resume {out} goes on")
             return 128 + (stop[0] if stop else signal.SIGTERM)
     print(f"done: python sample.py --model {out} file.wav")
     return 0

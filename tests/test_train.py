@@ -81,7 +81,7 @@ def test_a_run_learns_and_writes_its_files(trained):
 
 def test_the_best_step_is_kept_and_the_last_one_goes_on(calm, tmp_path, monkeypatch, capsys):
     said = iter([(0.3,), (0.3, 0.1, 0.2), (0.3, 0.2, 0.2), (0.3, 0.2, 0.2)])
-    monkeypatch.setattr(train, "validate", lambda model, clips, decodings: (
+    monkeypatch.setattr(train, "validate", lambda model, clips, decodings, _: (
         (1.5, 2.5), dict(zip(decodings, next(said))), ("hi", "hello")))
     assert train.main([*calm, "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "config.json").read_text())["decode"] == "greedy"
@@ -157,16 +157,20 @@ def test_frames_are_encoded_once_and_more_clips_and_words_can_come(
     assert train.main([*calm, "--out", str(whole)]) == 0
     assert losses(tmp_path / "out") == losses(whole)
     asked.clear()
-    row = json.dumps({"audio": str(Path(dataset).with_name("0.wav")), "text": "a zebra"})
-    (tmp_path / "more.jsonl").write_text(row)
-    more = ["--dataset", f"{dataset},{tmp_path / 'more.jsonl'}", "--val", dataset.replace(
-        "train.jsonl", "few.jsonl"), "--steps", "4"]
-    few = "".join(Path(dataset).read_text().splitlines(keepends=True)[:2])
-    Path(dataset).with_name("few.jsonl").write_text(few)
-    assert train.main([*resume, *more]) == 0 and losses(tmp_path / "out")[-1][0] == 7
+    few = Path(dataset).with_name("few.jsonl")
+    few.write_text("".join(Path(dataset).read_text().splitlines(keepends=True)[:2]))
+    (tmp_path / "more.jsonl").write_text(json.dumps({"audio": dataset.replace(
+        "train.jsonl", "2.wav"), "text": "a zebra"}))
+    more = [*resume, "--steps", "4", "--dataset", f"{dataset},{tmp_path / 'more.jsonl'}"]
+    with pytest.raises(SystemExit):  # clips that were trained on would validate
+        train.main(more)
+    (tmp_path / "out" / "frames-0.bin").unlink()  # its list alone is of no use
+    assert train.main([*more, "--val", str(few)]) == 0 and sum(asked) > 20
+    assert losses(tmp_path / "out")[-1][0] == 7 and "7 steps" in (
+        tmp_path / "out" / "README.md").read_text()  # the best by the new clips
 
 def test_a_folder_with_a_run_and_other_flags_are_refused(train_flags, trained, tmp_path, capsys):
-    with pytest.raises(InputError, match="holds a run.*--resume"):
+    with pytest.raises(InputError, match="holds a model.*--resume"):
         train.main([*train_flags, "--out", str(trained)])
     with pytest.raises(SystemExit) as status:
         train.main(["--resume", str(trained), "--lr", "1"])
