@@ -362,8 +362,9 @@ def plot(out, rows):
         return
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name in ("loss", "val_loss"):
-        left.plot(*zip(*[(row["step"], row[name]) for row in rows if name in row]), label=name)
+    for name, style in (("loss", "-"), ("val_loss", ".-")):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        left.plot(*zip(*points), style, label=name)
     left.set(title="loss per token: CTC, then cross-entropy", xlabel="step", ylim=(0, None))
     for decode in rows[-1]["wer"]:
         wers = [(row["step"], row["wer"][decode]) for row in rows if decode in row.get("wer", ())]
