@@ -30,8 +30,8 @@ from data import (SAMPLE_RATE, InputError, first_line, is_hub_id, make_batches, 
                   split_audio, write_file)
 
 hf.logging.set_verbosity_error()
-hf.logging.disable_progress_bar()  # of loading; those of downloads stay
-huggingface_hub.utils.enable_progress_bars()
+# Its bars of loading, while those of the Hub's downloads stay
+hf.logging.set_tqdm_hook(lambda bar, inputs, options: bar(*inputs, **{**options, "disable": True}))
 
 NAMES = {  # whisper-base and smollm2-135m are in offline.py
     "hubert": "facebook/hubert-xlarge-ls960-ft",
