@@ -184,8 +184,6 @@ def test_a_folder_with_a_run_and_other_flags_are_refused(train_flags, trained, t
         train.main(["--resume", str(tmp_path)])
 
 def test_what_stops_before_the_long_work(calm, dataset, tmp_path, monkeypatch):
-    link = tmp_path / "link.jsonl"
-    link.symlink_to(dataset)
     rows = [{**row, "audio": f"../{Path(dataset).parent.name}/{row['audio']}"}
             for row in map(json.loads, open(dataset))]
     other = Path(dataset).parent / "other.jsonl"
@@ -354,7 +352,7 @@ def test_bad_steps_are_skipped_and_five_in_a_row_end_the_run(calm, tmp_path, mon
 
 def test_broken_clips_are_left_out_once(calm, dataset, tmp_path, capsys):
     def write(name, *files):
-        texts = {good[5]: "two plus " * 9, good[4]: "<noise>"}
+        texts = {good[5]: "two plus " * 9, good[4]: "<noise>", good[0]: "two two two two two two"}
         rows = [json.dumps({"audio": str(file), "text": texts.get(file, "turn on the light")})
                 for file in files]
         (tmp_path / name).write_text("\n".join(rows))
@@ -369,8 +367,8 @@ def test_broken_clips_are_left_out_once(calm, dataset, tmp_path, capsys):
     val = ["--val", write("val.jsonl", *good[6:]), "--out", str(tmp_path / "a")]
     assert train.main([*flags, *val]) == 0
     printed = capsys.readouterr()
-    assert printed.err.count("damaged.flac: ") == 1 and "4 clips, and 2 to" in printed.out
-    for reason in ("s long': 3,", "'without text': 1", "'with more text than sound': 1"):
+    assert printed.err.count("damaged.flac: ") == 1 and "3 clips, and 2 to" in printed.out
+    for reason in ("s long': 3,", "'without text': 1", "'with more text than sound': 2"):
         assert reason in printed.out
     val = ["--val", write("none.jsonl", "empty.wav"), "--out", str(tmp_path / "b")]
     with pytest.raises(InputError, match=r"none\.jsonl"):
