@@ -111,13 +111,13 @@ def parse_args(argv):
             parser.error(f"--resume does not take {flag}: the run goes on as it was started")
         print(f"{flag} is now {getattr(args, name)}, and was {old[name]}")
     args.out = args.resume
-    if (args.dataset, args.val) != (old["dataset"], old["val"]):
+    if args.dataset != old["dataset"]:
         if not args.val:  # it would be chosen anew, from clips that were trained on
             parser.error("--resume with another --dataset needs --val")
-        for row in state["rows"]:
-            row.pop("wer", None)  # of other clips: the best step is looked for anew
-    if args.dataset != old["dataset"]:
         state["places"] = None  # the new set begins at its first clip
+    if args.val != old["val"]:  # the best step is looked for anew
+        for row in (row for row in state["rows"] if "wer" in row):
+            row["old_wer"] = row.pop("wer")
     return args, state
 
 def usable(clips, model, left_out):
