@@ -120,7 +120,8 @@ def test_the_prompt_is_kept_with_the_checkpoint(toys, tmp_path):
     assert loaded.prompt("Sum up: <audio>")[0] == loaded.tokenize("Today: 2 May. Sum up: ")
 
 def test_frozen_parts_are_submodules_that_stay_in_eval(toys):
-    model = TinyAudio(load_encoder(toys["whisper"], "cpu"), load_decoder(toys["llama"], "cpu")).train()
+    pair = load_encoder(toys["whisper"], "cpu"), load_decoder(toys["llama"], "cpu")
+    model = TinyAudio(*pair).train()
     assert {"encoder", "decoder", "projector", "ctc", "lora"} == dict(model.named_children()).keys()
     assert model.projector.training
     assert not any(m.training for part in (model.encoder, model.decoder) for m in part.modules())
