@@ -178,17 +178,19 @@ def main(argv=None):
     add("--model", default=str(ASSETS / "default"), help="folder of a checkpoint")
     add("--plan", action="store_true", help="calculate 2000 h of training")
     add("--random", action="store_true", help="measure the pair")
-    add("--encoder", default="hubert")
-    add("--decoder", default="qwen3-8b")
-    add("--clips", type=int, default=32)
+    add("--encoder", default="hubert", help="of --random and --plan")
+    add("--decoder", default="qwen3-8b", help="of --random and --plan")
+    add("--clips", type=int, default=32, help="clips that are measured")
     add("--batch", type=int, nargs="+", default=[1, 8, 32], help="clips decoded at once")
-    add("--batch-seconds", type=float, nargs="+", default=[120])
+    add("--batch-seconds", type=float, nargs="+", default=[120], help="of a batch in training")
     add("--checkpointing", action="store_true")
     add("--lora-rank", type=int, default=0, help="of --plan")
     add("--device", help="cuda, mps or cpu; default: the best that is here")
     args = parser.parse_args(argv)
     if min(args.clips, *args.batch, *args.batch_seconds) <= 0:
         parser.error("--clips, --batch and --batch-seconds must be above 0")
+    if args.lora_rank and not args.plan:
+        parser.error("--lora-rank is for --plan: what is measured has the rank of its checkpoint")
     return plan(args) if args.plan else measure(args)
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ def run(main):
         os._exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (InputError, OSError, ModuleNotFoundError) as error:  # gradio and wandb are optional
+    except ModuleNotFoundError as error:  # gradio and wandb are optional
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}; pip install {error.name or ''}")
+    except (InputError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 def load_audio(source, sample_rate=SAMPLE_RATE, longest=1e9):
@@ -53,7 +55,7 @@ def read_audio(source, sample_rate=SAMPLE_RATE, longest=1e9):
     name = row["path"] if isinstance(row.get("path"), (str, Path)) else "audio input"
     sound = row.get("array", row.get("bytes") or row.get("path"))
     sound = io.BytesIO(sound) if isinstance(sound, (bytes, bytearray, memoryview)) else sound
-    start, place, known = row.get("offset", 0), 0, None
+    start, place, known, nothing = row.get("offset", 0), 0, None, np.zeros(0, np.float32)
     end = start + min(row.get("duration", 1e9), longest)
     try:
         for block, rate in read_blocks(sound, row.get("sampling_rate", sample_rate)):
@@ -63,18 +65,20 @@ def read_audio(source, sample_rate=SAMPLE_RATE, longest=1e9):
             if np.square(mono).sum() < 0.01 * energies.max():  # they cancel out
                 mono = block[:, (energies > energies.max() / 2).argmax()]
             if rate != known:  # joined files may have several
+                if known:
+                    yield resampler.resample_chunk(nothing, last=True)
                 resampler, known = soxr.ResampleStream(rate, SAMPLE_RATE, 1), rate
             first, last = (max(0, round((x - place) * rate)) for x in (start, end))
             yield resampler.resample_chunk(mono[first:last])
             place += len(block) / rate
             if place > end:
                 break
-        yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+        yield resampler.resample_chunk(nothing, last=True)
         if min(place, end) - start < 0.025:  # a window of the encoders
             raise ValueError("too short")
     except soundfile.LibsndfileError as error:
-        raise InputError(f"{name}: not readable as audio ({error.error_string}); try ffmpeg -i "
-                         f"{Path(name).name} new.wav") from None
+        advice = "" if name == "audio input" else f"; try ffmpeg -i {Path(name).name} new.wav"
+        raise InputError(f"{name}: not readable as audio ({error.error_string}){advice}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: {first_line(error)}") from None
 
@@ -212,7 +216,7 @@ def read_data(file):
             lines = [line for line in text.split("\n") if line.strip()]
             rows = json.loads(text) if text[:1] == "[" else map(json.loads, lines)
         else:
-            raise ValueError("not .jsonl, .csv, .tsv, .parquet or a folder")
+            raise ValueError("not .jsonl, .json, .csv, .tsv, .parquet or a folder")
         for row in rows:
             if not isinstance(row, dict) or None in row:
                 raise ValueError("more cells than columns, or no columns")

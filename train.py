@@ -71,24 +71,24 @@ def parse_args(argv):
                                                 "owner/name:config:split of the Hub")
     add("--val", help="the same, to validate on: of the Hub 200 clips (default: the dev split of "
                       "loquacious and librispeech, else a tenth of --dataset, at most 50 clips)")
-    add("--out", default="out", help="folder of the checkpoint, log.jsonl and plot.png")
+    add("--out", default="out", help="folder of checkpoint, log and plot (%(default)s)")
     add("--resume", metavar="OUT", help="continue a run; of the other flags it takes "
                                         + ", ".join(RESUMABLE))
-    add("--ctc-steps", type=int, default=4000, help="steps of phase 1")
-    add("--steps", type=int, default=60000, help="steps of phase 2")
-    add("--batch-seconds", type=float, default=120, help="audio per batch, with padding")
-    add("--accumulate", type=int, default=1, help="batches per step")
-    add("--lr", type=float, default=1e-3, help="peak learning rate; phase 1: times 4")
-    add("--ctc-weight", type=float, default=0.1, help="weight of the CTC loss in phase 2")
-    add("--mask", type=float, default=0.15, help="fraction of stacked frames masked")
-    add("--dropout", type=float, default=0.15, help="in the projector")
+    add("--ctc-steps", type=int, default=4000, help="steps of phase 1 (%(default)s)")
+    add("--steps", type=int, default=60000, help="steps of phase 2 (%(default)s)")
+    add("--batch-seconds", type=float, default=120, help="audio per batch (%(default)s)")
+    add("--accumulate", type=int, default=1, help="batches per step (%(default)s)")
+    add("--lr", type=float, default=1e-3, help="its peak (%(default)s); phase 1: times 4")
+    add("--ctc-weight", type=float, default=0.1, help="of its loss in phase 2 (%(default)s)")
+    add("--mask", type=float, default=0.15, help="fraction of frames masked (%(default)s)")
+    add("--dropout", type=float, default=0.15, help="in the projector (%(default)s)")
     add("--augment", type=float, default=0, help="fraction of clips with other speed, noise")
     add("--compile", action="store_true", help="compile the decoder")
     add("--checkpointing", action="store_true", help="less memory, a third slower")
-    add("--keep-frames", type=float, default=20, metavar="GB", help="disk for frames in --out: if "
-        "all fit, files are encoded once; with --augment up to 3 copies")
-    add("--log-every", type=int, default=20, help="steps between log lines")
-    add("--eval-every", type=int, default=1000, help="steps between validations")
+    add("--keep-frames", type=float, default=20, metavar="GB", help="disk for frames (20): if all "
+        "fit, files are encoded once; with --augment up to 3 copies")
+    add("--log-every", type=int, default=20, help="steps between log lines (%(default)s)")
+    add("--eval-every", type=int, default=1000, help="and validations (%(default)s)")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
     add("--device", help="cuda, mps or cpu (default: the best one)")
     add("--seed", type=int, default=0)
@@ -254,7 +254,7 @@ def load_data(args, model, rank, world):
     held_out = {os.path.realpath(clip["name"]) for clip in val}
     val = usable(val, model, left_out)
     if not val:
-        raise InputError(f"no usable clip to validate on in {val_name or args.dataset}")
+        raise InputError(f"{val_name or args.dataset} has no usable clip to validate on")
     if streamed:
         print(f"{args.dataset}: a stream, and {len(val)} clips to validate on")
         # The texts are not known yet: CTC may use every token that is made of letters.
@@ -434,7 +434,8 @@ def main(argv=None):
     out, log_file = Path(args.out), Path(args.out, "log.jsonl")
     out.mkdir(parents=True, exist_ok=True)
     if (out / "model.safetensors").exists() and not args.resume:
-        raise InputError(f"{out} holds a model: go on with --resume {out}, or choose another --out")
+        raise InputError(f"{out} holds a model: --resume {out} goes on with its run, --init-from "
+                         f"{out} starts from it, with another --out")
     places = state["places"] or [{"number": 0, "position": None, "done": 0}] * world
     if len(places) != world:
         raise InputError(f"{out} was trained by {len(places)} processes, not by {world}")
@@ -454,8 +455,9 @@ def main(argv=None):
         model.set_ctc_tokens(state["tokens"])
         model.load_state_dict(state["trained"], strict=False)  # in float32
         optimizer.load_state_dict(state["optimizer"])
-    elif rank == 0:  # from here on the run can be resumed
+    elif rank == 0:
         save(args, model, optimizer, rows, 0, places)
+        print(f"from here on, python train.py --resume {out} goes on after a stop")
     if rank == 0:
         encode_once(out / "frames-val.bin", model, val, 0, args)
     if isinstance(data, list):

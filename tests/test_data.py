@@ -55,6 +55,9 @@ def test_what_can_be_read_comes_and_then_what_is_missing_is_said():
         with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
             pieces.extend(piece for _, piece in blocks)
         assert len(np.concatenate(pieces)) / 16_000 == pytest.approx(seconds, abs=0.5)
+    slow = io.BytesIO()
+    soundfile.write(slow, wave, 8000, format="ogg")  # joined files of two rates: all of both
+    assert len(load_audio(slow.getvalue() + ogg)) == pytest.approx(3 * len(wave), abs=10)
 
 def test_every_way_to_hand_over_a_clip_gives_the_same(tmp_path):
     wave, path = tone(0.5), tmp_path / "a.wav"

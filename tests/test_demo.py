@@ -26,9 +26,9 @@ def model(embedded):
     return TinyAudio.from_pretrained(ASSETS / "default")
 
 def test_a_missing_gradio_is_one_line(tmp_path):
-    (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError('no gradio')")
+    (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError('no gradio', name='gradio')")
     done = run("demo.py", check=False, env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert (done.returncode, done.stderr) == (1, "demo.py: no gradio\n")
+    assert (done.returncode, done.stderr) == (1, "demo.py: no gradio; pip install gradio\n")
 
 def test_the_picture_shows_what_ctc_spells_and_the_words(model):
     pytest.importorskip("matplotlib")
