@@ -214,6 +214,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(calm, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no closed terminals")
 def test_a_closed_terminal_saves_and_a_second_ctrl_c_ends_at_once(calm, tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     process = start("-u", "train.py", *calm, "--steps", 9999, "--out", tmp_path)
     while "step 5, " not in process.stdout.readline():
         pass
