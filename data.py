@@ -107,12 +107,13 @@ def read_file(file):
         files, more = [io.BytesIO(stream) for stream in streams], 0
     while files:
         file = files.pop(0)
+        # Opened with two false sizes: if both give one length, the header says it.
         stated = soundfile.SoundFile(Longer(file, more // 2)).frames
         sound = soundfile.SoundFile(Longer(file, more))
         sound.seekable = lambda: False  # else soundfile seeks, which is inexact or fails
         rate, count, block, whole = sound.samplerate, 0, [0], True
         while len(block) and whole:
-            block = np.full((10 * rate, sound.channels), np.nan, np.float32)
+            block = np.full((10 * rate, sound.channels), np.nan, np.float32)  # NaN: not read
             try:
                 block = sound.read(out=block)
             except soundfile.LibsndfileError:
@@ -128,8 +129,8 @@ def read_file(file):
         raise ValueError(f"{len(rest)} bytes follow that are not readable")
 
 class Longer:
-    """A file that seems `more` bytes longer. libsndfile guesses some lengths from the size, and
-    reads no further: so it reads all. A length that does not grow is the header's own word."""
+    """A file that seems `more` bytes longer: libsndfile guesses some lengths from the size, and
+    reads no further."""
 
     def __init__(self, file, more):
         file.seek(0)
