@@ -78,8 +78,8 @@ def parse_args(argv):
     add("--steps", type=int, default=60000, help="steps of phase 2 (%(default)s)")
     add("--batch-seconds", type=float, default=120, help="audio per batch (%(default)s)")
     add("--accumulate", type=int, default=1, help="batches per step (%(default)s)")
-    add("--lr", type=float, default=1e-3, help="its peak (%(default)s); phase 1: times 4")
-    add("--ctc-weight", type=float, default=0.1, help="of its loss in phase 2 (%(default)s)")
+    add("--lr", type=float, default=1e-3, help="peak learning rate (%(default)s); phase 1: times 4")
+    add("--ctc-weight", type=float, default=0.1, help="weight of CTC in phase 2 (%(default)s)")
     add("--mask", type=float, default=0.15, help="fraction of frames masked (%(default)s)")
     add("--dropout", type=float, default=0.15, help="in the projector (%(default)s)")
     add("--augment", type=float, default=0, help="fraction of clips with other speed, noise")
@@ -88,14 +88,14 @@ def parse_args(argv):
     add("--keep-frames", type=float, default=20, metavar="GB", help="disk for frames (20): if all "
         "fit, files are encoded once; with --augment up to 3 copies")
     add("--log-every", type=int, default=20, help="steps between log lines (%(default)s)")
-    add("--eval-every", type=int, default=1000, help="and validations (%(default)s)")
+    add("--eval-every", type=int, default=1000, help="steps between validations (%(default)s)")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
     add("--device", help="cuda, mps or cpu (default: the best one)")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         low, high = int(name in AT_LEAST_1), 1 if name in FRACTIONS else 1e9
-        if isinstance(value, (int, float)) and not low <= value <= high:  # nor NaN
+        if isinstance(value, (int, float)) and not low <= value <= high:  # NaN fails, too
             parser.error(f"--{name.replace('_', '-')} is {value}, not from {low} to {high:g}")
     if not args.resume:
         return args, {"step": 0, "rows": [], "places": None}
