@@ -101,6 +101,8 @@ def parse_args(argv):
         return args, {"step": 0, "rows": [], "places": None}
     try:
         state = torch.load(Path(args.resume, "state.pt"), map_location="cpu", weights_only=True)
+        if "places" not in state:
+            raise ValueError("it is of an earlier version")
     except Exception as error:  # torch.load raises many kinds
         raise InputError(f"{args.resume} has no run to resume: {first_line(error)}") from None
     old = {**state["args"], "resume": args.resume}

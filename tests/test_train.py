@@ -182,6 +182,9 @@ def test_a_folder_with_a_run_and_other_flags_are_refused(train_flags, trained, t
         assert f"{flag[:6]}" in capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(InputError, match="no run to resume"):
         train.main(["--resume", str(tmp_path)])
+    torch.save({"args": {}}, tmp_path / "state.pt")
+    with pytest.raises(InputError, match="earlier version"):
+        train.main(["--resume", str(tmp_path)])
 
 def test_what_stops_before_the_long_work(calm, dataset, tmp_path, monkeypatch):
     rows = [{**row, "audio": f"../{Path(dataset).parent.name}/{row['audio']}"}
