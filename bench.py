@@ -15,11 +15,12 @@ import numpy as np
 import torch
 import transformers as hf
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from data import SAMPLE_RATE, load_audio, make_batches, read_clips, run
 from tinyaudio import Encoder, Projector, TinyAudio, fetch, find_device
-from train import load_batch, matmul_flops, model_flops, parameters, peak_memory, prepare
+from train import matmul_flops, model_flops, parameters, peak_memory, prepare
 
 ASSETS = Path(__file__).parent / "assets"
 CONFIGS = {  # published sizes: known without a network
@@ -117,9 +118,11 @@ def train(model, clips, name):
     """Forward and backward of B clips with frames, by the loss of a phase: CTC, or cross-entropy
     alone. Returns the loss, a sum over tokens."""
     dtype, answers = model.embed.weight.dtype, [clip["answer"] for clip in clips]
+    frames = [clip["frames"] for clip in clips]
+    lengths = torch.tensor([len(x) for x in frames])
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         weights = "phase 1" in name, "phase 2" in name
-        loss, _ = model.loss(*load_batch(model, clips), answers, *weights)
+        loss, _ = model.loss(pad_sequence(frames, True), lengths, answers, *weights)
     loss.backward()
     model.zero_grad()
     return loss.item()

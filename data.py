@@ -339,8 +339,3 @@ def write_file(path, data):
         raise InputError(f"{path}: {first_line(error)}") from None
     finally:
         unfinished.unlink(missing_ok=True)
-
-def finished_rows(path):
-    """Rows of a .jsonl that a script wrote, without a last line that a crash cut off."""
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.endswith("}\n")]

@@ -12,11 +12,13 @@ Ctrl-C or SIGTERM saves and stops. --out holds the best checkpoint so far, by th
 """
 import argparse
 import datetime
+import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -34,9 +36,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import (SAMPLE_RATE, InputError, augment, finished_rows, first_line, is_hub_id,
-                  load_audio, make_batches, no_speech, open_stream, read_clips, run, stream_clips,
-                  write_file)
+from data import (SAMPLE_RATE, InputError, augment, first_line, is_hub_id, load_audio, make_batches,
+                  no_speech, open_stream, read_clips, run, stream_clips, write_file)
 from eval import corpus_wer
 from tinyaudio import DECODINGS, TinyAudio, find_device
 
@@ -144,47 +145,36 @@ def usable(clips, model, left_out):
             good.append({**clip, "seconds": seconds, "answer": answer})
     return good
 
-def load_batch(model, clips, share=0, seed=0):
+def encode_batch(model, clips, share, seed):
     """Frames (B, T, D) and lengths (B,) of clips. A share of them has another speed, or noise."""
-    if "frames" in clips[0]:
-        frames = [clip["frames"] for clip in clips]
-        return pad_sequence(frames, True).to(model.device), torch.tensor(list(map(len, frames)))
-
     def prepare(clip, rng):
         wave = augment(load_audio(clip["audio"]), rng, share, MAX_SECONDS)
         return model.encoder.features(wave)
     rngs = np.random.default_rng(seed).spawn(len(clips))
     return model.encoder.encode(list(THREADS.map(prepare, clips, rngs)))
 
-def encode_once(file, model, clips, share, args):
-    """Give clips their `frames`. These lie in a file, and are read from there when they are needed.
-    A .jsonl beside it names them in order, so that --resume encodes only what is not there yet."""
-    index, dim = file.with_suffix(".jsonl"), model.encoder.dim
-    rows = finished_rows(index) if args.resume and index.exists() else []
-    size = sum(row["frames"] for row in rows)
-    if not file.exists() or file.stat().st_size < 2 * size * dim:  # deleted, or lost in a crash
-        rows, size = [], 0
-    done = {row["name"] for row in rows}
-    left = [clip for clip in clips if clip["name"] not in done]
-    write_file(index, "".join(json.dumps(row) + "\n" for row in rows))
-    with open(file, "ab") as sound, open(index, "a") as names:
-        sound.truncate(2 * size * dim)  # a crash may leave more
-        for batch in tqdm(make_batches(left, args.batch_seconds), "encoding, once", disable=None):
-            frames, lengths = load_batch(model, batch, share, [args.seed, size])
-            frames = frames.to("cpu", torch.bfloat16).view(torch.int16).numpy()
-            rows += [{"name": clip["name"], "frames": length}
-                     for clip, length in zip(batch, lengths.tolist())]
-            sound.writelines(x[:length].tobytes() for x, length in zip(frames, lengths))
-            sound.flush()
-            names.writelines(json.dumps(row) + "\n" for row in rows[-len(batch):])
-            names.flush()
-            size += int(lengths.sum())
-    # A shared map may be larger than main memory. Nothing writes to it.
-    frames = torch.from_file(str(file), shared=True, size=size * dim, dtype=torch.bfloat16)
-    frames = frames.view(-1, dim).split([row["frames"] for row in rows])
-    kept = dict(zip((row["name"] for row in rows), frames))
+def encode_once(folder, model, clips, share, args):
+    """Give each clip its `frames`: a file of the folder that holds (T, D) in bfloat16. --resume
+    encodes only what has no file yet."""
+    if not args.resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
     for clip in clips:
-        clip["frames"] = kept[clip["name"]]
+        clip["frames"] = folder / hashlib.md5(clip["name"].encode()).hexdigest()
+    left = make_batches([x for x in clips if not x["frames"].exists()], args.batch_seconds)
+    for number, batch in enumerate(tqdm(left, "encoding, once", disable=None)):
+        frames, lengths = encode_batch(model, batch, share, [args.seed, number])
+        frames = frames.to("cpu", torch.bfloat16).view(torch.int16).numpy()  # NumPy has no bfloat16
+        for clip, x, length in zip(batch, frames, lengths):
+            write_file(clip["frames"], x[:length].tobytes())
+
+def load_batch(model, clips, share=0, seed=0):
+    """As `encode_batch`, but from `frames` where clips have them."""
+    if "frames" not in clips[0]:
+        return encode_batch(model, clips, share, seed)
+    read = lambda file: torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.bfloat16)
+    frames = [read(clip["frames"]).view(-1, model.encoder.dim) for clip in clips]
+    return pad_sequence(frames, True).to(model.device), torch.tensor(list(map(len, frames)))
 
 def stream_windows(rows, args, model, val, place):
     """Endless windows of a stream: its number, the position before it, its usable clips."""
@@ -209,7 +199,7 @@ def file_windows(clips, args, model, place, rank, world):
     if copies:
         clips = [{**clip, "name": clip["name"] + copy * " again"}  # each with frames of its own
                  for copy in range(copies) for clip in clips]
-        encode_once(Path(args.out, f"frames-{rank}.bin"), model, clips, args.augment, args)
+        encode_once(Path(args.out, f"frames-{rank}"), model, clips, args.augment, args)
     return ((epoch, None, clips) for epoch in itertools.count(place["number"]))
 
 def make_steps(windows, model, args, place, rank):
@@ -461,7 +451,7 @@ def main(argv=None):
         save(args, model, optimizer, rows, 0, places)
         print(f"from here on, python train.py --resume {out} goes on after a stop")
     if rank == 0:
-        encode_once(out / "frames-val.bin", model, val, 0, args)
+        encode_once(out / "frames-val", model, val, 0, args)
     if isinstance(data, list):
         windows = file_windows(data, args, model, places[rank], rank, world)
     else:
