@@ -4,9 +4,9 @@
 
 It loads nothing from other hosts, and deletes uploads a minute after reading them.
 """
-import argparse
 import html
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import chain
@@ -100,7 +100,7 @@ def listen(model, minutes, path, prompt):
     yield text.strip() or "(no words)", show_words(parts) + facts
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default=str(ASSETS / "default"), help="folder or hub id")
     add("--host", default="127.0.0.1", help="0.0.0.0 lets others in")
