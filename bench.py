@@ -64,7 +64,7 @@ def plan(args):
     # Of a second of sound: 10 frames, 3.3 tokens, 3 positions of the prompt
     seconds, rate, layers = args.batch_seconds[0], 10 + 3.3 + 3, decoder.config.num_hidden_layers
     # Bytes: an output of a linear layer leaves about 4.2, a logit 10, LoRA keeps inputs too. CTC
-    # has about half of the vocabulary: logits, log_probs and their gradient, in float32.
+    # has about half of the vocabulary: its embeddings in bfloat16, and logits in float32.
     per_position = 4.23 * width_out + (2 * width_in if n_lora else 0)
     flops_per_weight = 4
     if args.checkpointing:  # one layer and the inputs of all are kept, and layers run again
@@ -73,7 +73,8 @@ def plan(args):
     memory = {"frozen weights": 2 * (n_encoder + n_decoder),
               "trained, AdamW": 16 * trained,
               "activations": seconds * (rate * per_position + 33 * decoder.config.vocab_size),
-              "CTC": seconds * 10 * 12 * decoder.config.vocab_size / 2, "CUDA": 2e9}
+              "CTC": (seconds * 10 * 4 * decoder.config.vocab_size + 2 * vocabulary) / 2,
+              "CUDA": 2e9}
     total, parts = sum(memory.values()), [f"{name} {x / 1e9:.1f}" for name, x in memory.items()]
     flops = 2 * 50 * n_encoder + 6 * 10 * n_projector + 4 * (3.3 + 10 / 2) * vocabulary
     flops += rate * (flops_per_weight * body + 6 * n_lora)

@@ -57,7 +57,7 @@ def draw_hearing(model, minutes, path):
     except (InputError, ImportError):
         return None
     audio, counts = model.encode([wave])
-    probs = model.ctc(audio, model.embed.weight)[0].softmax(-1).detach().cpu().numpy()
+    probs = model.ctc(audio, model.ctc_words)[0].softmax(-1).detach().cpu().numpy()
     [ids] = model.decode(audio, counts)
     times = (np.arange(len(probs)) + 0.5) * model.projector.stack / model.encoder.frame_rate
     figure = Figure(figsize=(11, 4), layout="constrained")

@@ -131,7 +131,7 @@ def trace(model, source, decode):
     frames, lengths = step(model.encoder.forward, [wave])
     step(model.projector.stack_frames, frames)
     audio, counts = step(model.projector.forward, frames, lengths)
-    step(model.ctc.forward, audio, model.embed.weight, show=spell)
+    step(model.ctc.forward, audio, model.ctc_words, show=spell)
     step(model.prompt, show=lambda found: f"{len(found[0])} + audio + {len(found[1])} tokens")
     [ids] = step(model.decode, audio, counts, decode, show=lambda ids: "|".join(map(write, ids[0])))
     step(model.detokenize, ids, show=str)

@@ -218,11 +218,10 @@ class CTCHead(nn.Module):
         self.register_buffer("tokens", torch.zeros(0, dtype=torch.int32))
         self.classes = {}  # token -> class, in the order of `tokens`
 
-    def forward(self, audio, embeddings, tokens=None):
-        """audio (..., N, d), embeddings (vocabulary, d), tokens (V,) -> logits (..., N, 1 + V)."""
+    def forward(self, audio, words):
+        """audio (..., N, d), embeddings of V tokens (V, d) -> logits (..., N, 1 + V)."""
         audio = audio * self.log_temperature.exp()
         blank = (audio @ self.blank + self.bias)[..., None]
-        words = embeddings[self.tokens if tokens is None else tokens]
         return torch.cat([blank, F.linear(audio.to(words.dtype), words).float()], dim=-1)
 
 class LoRA(nn.Module):
@@ -295,6 +294,11 @@ class TinyAudio(nn.Module):
     def embed(self):
         return self.decoder.get_input_embeddings()
 
+    @property
+    def ctc_words(self):
+        """Embeddings (V, d) of the tokens that CTC knows."""
+        return self.embed.weight[self.ctc.tokens]
+
     def train(self, mode=True):
         """As in PyTorch, but the frozen parts stay in eval: another thread may be encoding."""
         self.training = mode
@@ -350,13 +354,21 @@ class TinyAudio(nn.Module):
         return ctc_weight * ctc + lm_weight * lm, torch.stack([ctc, lm]).detach()
 
     def ctc_loss(self, audio, counts, answers):
-        """CTC loss of the tokens that CTC knows. An answer of more tokens than frames adds zero."""
-        log_probs = self.ctc(audio, self.embed.weight).log_softmax(-1).transpose(0, 1)
-        classes = self.ctc.classes
+        """CTC loss of the tokens that CTC knows. An answer of more tokens than frames adds zero.
+        The tokens that no answer has are one class together: the same loss and gradient, but less
+        time and memory."""
+        classes, words = self.ctc.classes, self.ctc_words
         answers = [[classes[token] for token in answer if token in classes] for answer in answers]
         sizes = torch.tensor([len(answer) for answer in answers])
-        targets = torch.tensor(sum(answers, []), dtype=torch.long, device=self.device)
-        return F.ctc_loss(log_probs, targets, counts, sizes, reduction="sum", zero_infinity=True)
+        said, targets = torch.tensor(sum(answers, []), dtype=torch.long).unique(return_inverse=True)
+        # 128 frames at a time: their logits stay in the CPU's cache
+        total = torch.cat([self.ctc(piece, words).logsumexp(-1, keepdim=True)
+                           for piece in audio.flatten(0, 1).split(128)])
+        log_probs = self.ctc(audio, words[said - 1]) - total.unflatten(0, audio.shape[:2])
+        others = torch.log1p(-log_probs.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+        log_probs = torch.cat([log_probs, others], -1).transpose(0, 1)
+        return F.ctc_loss(log_probs, targets.to(self.device) + 1, counts, sizes, reduction="sum",
+                          zero_infinity=True)
 
     def lm_loss(self, audio, counts, answers):
         """Cross-entropy of the answers and their end tokens, given the audio."""
@@ -390,7 +402,7 @@ class TinyAudio(nn.Module):
     def ctc_greedy(self, audio, counts):
         """The best class of each frame, without repeats and blanks. A token behind 5 blanks begins
         a word: the shipped model spells the first word of a sentence without a space."""
-        paths, tokens = self.ctc(audio, self.embed.weight).argmax(-1), list(self.ctc.classes)
+        paths, tokens = self.ctc(audio, self.ctc_words).argmax(-1), list(self.ctc.classes)
         answers = [[] for _ in paths]
         for answer, path, count in zip(answers, paths.tolist(), counts.tolist()):
             blanks = 0
@@ -426,7 +438,7 @@ class TinyAudio(nn.Module):
         """Beam search for the best (1 - weight) log p_LM + weight log p_CTC: the language model
         knows sentences, CTC holds it to the sound (Watanabe et al. 2017). Each text tries
         `choices` next tokens, which the language model expects and some frame sounds like."""
-        logits = self.ctc(audio, self.embed.weight)
+        logits = self.ctc(audio, self.ctc_words)
         padding = ~length_mask(counts, logits.shape[1], logits.device)
         logits[padding, 1:] = -np.inf  # certainly blank
         log_probs = logits.log_softmax(-1)
@@ -507,8 +519,8 @@ class TinyAudio(nn.Module):
         """audio (N, d), L token ids -> frames (L,) in which they are said, probabilities (L,).
         A token is said where its posterior, given the whole text, is highest. The gradient of the
         CTC loss is probability - posterior (Graves et al. 2006, eq. 16)."""
-        total = self.ctc(audio, self.embed.weight).logsumexp(-1, keepdim=True)
-        logits = self.ctc(audio, self.embed.weight, ids)
+        total = self.ctc(audio, self.ctc_words).logsumexp(-1, keepdim=True)
+        logits = self.ctc(audio, self.embed_ids(ids))
         log_probs, classes = (logits - total).detach().cpu(), torch.arange(1, len(ids) + 1)
         loss = F.ctc_loss(log_probs.requires_grad_()[:, None], classes[None], [len(audio)],
                           [len(ids)], reduction="sum", zero_infinity=True)

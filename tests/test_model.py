@@ -188,12 +188,25 @@ def paths_of(log_probs):
 def test_ctc_loss_sums_over_all_paths(toys):
     model = build(toys, few=True)
     audio = torch.randn(2, 5, 32) * 0.03
-    log_probs = model.ctc(audio, model.embed.weight).log_softmax(-1).detach().numpy()
+    log_probs = model.ctc(audio, model.ctc_words).log_softmax(-1).detach().numpy()
     a, b, c = model.ctc.tokens.tolist()
     first, second = paths_of(log_probs[0])[2, 2, 1], paths_of(log_probs[1, :3])[3,]
     for answer, expected in (([c], -first - second), ([c, c, c], -first)):  # too long counts 0
         loss = model.ctc_loss(audio, torch.tensor([5, 3]), [[b, b, a], answer])
         assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+@pytest.mark.parametrize("few", [False, True])  # of a few all are said: none is left over
+def test_ctc_loss_has_the_gradient_of_all_classes(toys, few):
+    model, counts = build(toys, few=few), torch.tensor([60, 50, 40])
+    audio = (torch.randn(3, 60, 32) * 0.03).requires_grad_()
+    a, b, c = model.ctc.tokens[:3].tolist()
+    model.ctc_loss(audio, counts, [[a, b, c], [c, c], []]).backward()
+    found, audio.grad = audio.grad, None
+    log_probs = model.ctc(audio, model.ctc_words).log_softmax(-1).transpose(0, 1)
+    loss = torch.nn.functional.ctc_loss(log_probs, torch.tensor([1, 2, 3, 3, 3]), counts,
+                                        torch.tensor([3, 2, 0]), reduction="sum")
+    loss.backward()
+    assert found.abs().max() > 0.1 and torch.allclose(found, audio.grad, 1e-3, 1e-3)
 
 def test_phase_1_never_runs_the_decoder_and_only_the_bridge_learns(toys, monkeypatch):
     model = build(toys).train()
@@ -258,7 +271,7 @@ def test_joint_finds_the_text_of_the_highest_score(toys, weight):
     """A beam that holds everything, against all texts and paths of short sound and 3 tokens."""
     model = build(toys, few=True)
     audio, counts = model.encode([tone(0.5, 7), tone(0.3, 8)])
-    log_probs = model.ctc(audio, model.embed.weight).log_softmax(-1).detach().numpy()
+    log_probs = model.ctc(audio, model.ctc_words).log_softmax(-1).detach().numpy()
     found = model.joint(audio, counts, weight, beams=10_000, choices=3)
     for clip, (ids, count) in enumerate(zip(found, counts)):
         alone, scores = (audio[clip:clip + 1, :count], count[None]), {}
