@@ -115,8 +115,8 @@ def score_clips(args, clips, out):
     recognizer, facts, tensors = load_recognizer(args.checkpoint, args.decode, args.device)
     weights = sum(zlib.crc32(x.float().contiguous().cpu().numpy()) for x in tensors.values())
     results = out / "results.jsonl"
-    lines = results.open(encoding="utf-8") if args.resume and results.exists() else ()
-    rows = [json.loads(line) for line in lines if line.endswith("}\n")]  # a crash may cut the last
+    text = results.read_text("utf-8") if args.resume and results.exists() else ""
+    rows = [json.loads(line) for line in text.split("\n")[:-1]]  # a crash may cut the last one
     asked = {"weights": weights, "decode": args.decode, "normalizer": args.normalizer}
     wanted = [{**asked, "name": clip["name"], "reference": clip["text"]} for clip in clips]
     if len(rows) > len(clips) or not all(x.items() <= y.items() for x, y in zip(wanted, rows)):

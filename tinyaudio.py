@@ -219,7 +219,7 @@ class CTCHead(nn.Module):
         self.classes = {}  # token -> class, in the order of `tokens`
 
     def forward(self, audio, words):
-        """audio (..., N, d), embeddings of V tokens (V, d) -> logits (..., N, 1 + V)."""
+        """audio (..., N, d), words (V, d), embeddings of tokens -> logits (..., N, 1 + V)."""
         audio = audio * self.log_temperature.exp()
         blank = (audio @ self.blank + self.bias)[..., None]
         return torch.cat([blank, F.linear(audio.to(words.dtype), words).float()], dim=-1)
@@ -296,7 +296,7 @@ class TinyAudio(nn.Module):
 
     @property
     def ctc_words(self):
-        """Embeddings (V, d) of the tokens that CTC knows."""
+        """A copy of the embeddings (V, d) of the tokens that CTC knows."""
         return self.embed.weight[self.ctc.tokens]
 
     def train(self, mode=True):
@@ -355,18 +355,20 @@ class TinyAudio(nn.Module):
 
     def ctc_loss(self, audio, counts, answers):
         """CTC loss of the tokens that CTC knows. An answer of more tokens than frames adds zero.
-        The tokens that no answer has are one class together: the same loss and gradient, but less
-        time and memory."""
+        Tokens that are in no answer count as one class. Loss and gradient are the same; time and
+        memory are less."""
         classes, words = self.ctc.classes, self.ctc_words
         answers = [[classes[token] for token in answer if token in classes] for answer in answers]
         sizes = torch.tensor([len(answer) for answer in answers])
+        # said: the classes of the answers; targets: places in said
         said, targets = torch.tensor(sum(answers, []), dtype=torch.long).unique(return_inverse=True)
-        # 128 frames at a time: their logits stay in the CPU's cache
+        # The softmax's denominator, over all tokens. On a CPU 128 frames at a time are fastest
         total = torch.cat([self.ctc(piece, words).logsumexp(-1, keepdim=True)
                            for piece in audio.flatten(0, 1).split(128)])
         log_probs = self.ctc(audio, words[said - 1]) - total.unflatten(0, audio.shape[:2])
-        others = torch.log1p(-log_probs.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
-        log_probs = torch.cat([log_probs, others], -1).transpose(0, 1)
+        # All others: the gradient of `F.ctc_loss` is right only where the classes sum to 1
+        known = log_probs.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6)
+        log_probs = torch.cat([log_probs, torch.log1p(-known)], -1).transpose(0, 1)
         return F.ctc_loss(log_probs, targets.to(self.device) + 1, counts, sizes, reduction="sum",
                           zero_infinity=True)
 
@@ -520,7 +522,7 @@ class TinyAudio(nn.Module):
         A token is said where its posterior, given the whole text, is highest. The gradient of the
         CTC loss is probability - posterior (Graves et al. 2006, eq. 16)."""
         total = self.ctc(audio, self.ctc_words).logsumexp(-1, keepdim=True)
-        logits = self.ctc(audio, self.embed_ids(ids))
+        logits = self.ctc(audio, self.embed.weight[ids])
         log_probs, classes = (logits - total).detach().cpu(), torch.arange(1, len(ids) + 1)
         loss = F.ctc_loss(log_probs.requires_grad_()[:, None], classes[None], [len(audio)],
                           [len(ids)], reduction="sum", zero_infinity=True)

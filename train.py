@@ -156,25 +156,28 @@ def encode_batch(model, clips, share, seed):
 def encode_once(folder, model, clips, share, args):
     """Give each clip its `frames`: a file of the folder that holds (T, D) in bfloat16. --resume
     encodes only what has no file yet."""
-    if not args.resume:
-        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(exist_ok=True)
-    for clip in clips:
-        clip["frames"] = folder / hashlib.md5(clip["name"].encode()).hexdigest()
-    left = make_batches([x for x in clips if not x["frames"].exists()], args.batch_seconds)
-    for number, batch in enumerate(tqdm(left, "encoding, once", disable=None)):
-        frames, lengths = encode_batch(model, batch, share, [args.seed, number])
+    for clip in clips:  # a name may be a long path
+        name = hashlib.md5(clip["name"].encode(errors="backslashreplace")).hexdigest()
+        clip["frames"] = folder / name
+    left = [x for x in clips if not x["frames"].exists() or not x["frames"].stat().st_size]
+    done = len(clips) - len(left)
+    for batch in tqdm(make_batches(left, args.batch_seconds), "encoding, once", disable=None):
+        frames, lengths = encode_batch(model, batch, share, [args.seed, done])
         frames = frames.to("cpu", torch.bfloat16).view(torch.int16).numpy()  # NumPy has no bfloat16
         for clip, x, length in zip(batch, frames, lengths):
             write_file(clip["frames"], x[:length].tobytes())
+        done += len(batch)
 
 def load_batch(model, clips, share=0, seed=0):
-    """As `encode_batch`, but from `frames` where clips have them."""
+    """Frames and lengths of clips: read from the files `frames`, or else encoded."""
     if "frames" not in clips[0]:
         return encode_batch(model, clips, share, seed)
-    read = lambda file: torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.bfloat16)
-    frames = [read(clip["frames"]).view(-1, model.encoder.dim) for clip in clips]
-    return pad_sequence(frames, True).to(model.device), torch.tensor(list(map(len, frames)))
+    frames = []
+    for clip in clips:
+        x = torch.from_numpy(np.fromfile(clip["frames"], np.int16)).view(torch.bfloat16)
+        frames.append(x.view(-1, model.encoder.dim))
+    return pad_sequence(frames, True).to(model.device), torch.tensor([len(x) for x in frames])
 
 def stream_windows(rows, args, model, val, place):
     """Endless windows of a stream: its number, the position before it, its usable clips."""
@@ -199,7 +202,7 @@ def file_windows(clips, args, model, place, rank, world):
     if copies:
         clips = [{**clip, "name": clip["name"] + copy * " again"}  # each with frames of its own
                  for copy in range(copies) for clip in clips]
-        encode_once(Path(args.out, f"frames-{rank}"), model, clips, args.augment, args)
+        encode_once(Path(args.out, f"frames-{rank}-train"), model, clips, args.augment, args)
     return ((epoch, None, clips) for epoch in itertools.count(place["number"]))
 
 def make_steps(windows, model, args, place, rank):
@@ -428,6 +431,8 @@ def main(argv=None):
     if (out / "model.safetensors").exists() and not args.resume:
         raise InputError(f"{out} holds a model: --resume {out} goes on with its run, --init-from "
                          f"{out} starts from it, with another --out")
+    for folder in () if args.resume else out.glob(f"frames-{rank}-*"):  # of an earlier run
+        shutil.rmtree(folder)
     places = state["places"] or [{"number": 0, "position": None, "done": 0}] * world
     if len(places) != world:
         raise InputError(f"{out} was trained by {len(places)} processes, not by {world}")
@@ -451,7 +456,7 @@ def main(argv=None):
         save(args, model, optimizer, rows, 0, places)
         print(f"from here on, python train.py --resume {out} goes on after a stop")
     if rank == 0:
-        encode_once(out / "frames-val", model, val, 0, args)
+        encode_once(out / "frames-0-val", model, val, 0, args)
     if isinstance(data, list):
         windows = file_windows(data, args, model, places[rank], rank, world)
     else:

@@ -317,7 +317,7 @@ def test_what_bench_prints(talker, capsys, monkeypatch):
     flops = [int(re.search(r"(\d+) GFLOP", text)[1]) for text in (printed, less, more)]
     assert 1.3 < flops[1] / flops[0] < 1.5  # a third pass through the decoder
     memory = [float(re.search(r"([\d.]+) GB at", text)[1]) for text in (less, printed, more)]
-    assert flops[0] < flops[2] and memory == sorted(set(memory)) and ", CTC 1.1, " in printed
+    assert flops[0] < flops[2] and memory == sorted(set(memory)) and ", CTC 1.0, " in printed
 
 @pytest.mark.parametrize("encoder", ["hubert", "whisper"])
 def test_bench_of_random_weights(embedded, encoder, capsys, monkeypatch):
@@ -354,9 +354,9 @@ for command in sys.argv[1:]:
         assert line.startswith(command.split()[0] + ": ") and "missing" in line
 
 def test_the_project_stays_small():
-    limits = {"data.py": 341, "offline.py": 140, "tinyaudio.py": 582, "train.py": 579,
+    limits = {"data.py": 341, "offline.py": 140, "tinyaudio.py": 584, "train.py": 584,
               "sample.py": 193, "eval.py": 202, "demo.py": 130, "bench.py": 201,
-              "*.py": 2368, "tests/*.py": 1756, "README.md": 235}
+              "*.py": 2375, "tests/*.py": 1757, "README.md": 235}
     faults, sizes = [], {}
     for pattern, limit in limits.items():
         text = "".join(path.read_text("utf-8") for path in ROOT.glob(pattern))
@@ -367,4 +367,4 @@ def test_the_project_stays_small():
             faults += [f"{pattern}, two statements: {token.line}" for token in
                        tokenize.generate_tokens(io.StringIO(text).readline) if token.string == ";"]
     assert {path.name for path in ROOT.glob("*.py")} < limits.keys() and not faults, faults
-    assert sizes["*.py"] <= 129_700 and sizes["README.md"] <= 15_000, sizes
+    assert sizes["*.py"] <= 130_200 and sizes["README.md"] <= 15_000, sizes

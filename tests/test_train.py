@@ -65,7 +65,7 @@ def start(*arguments):
 
 def test_a_run_learns_and_writes_its_files(trained):
     files = {"config.json", "model.safetensors", "README.md", "state.pt", "log.jsonl",
-             "frames-0", "frames-val"}
+             "frames-0-train", "frames-0-val"}
     drawn = {"plot.png"} if importlib.util.find_spec("matplotlib") else set()
     assert {file.name for file in trained.iterdir()} == files | drawn
     steps, loss, rates, norms = zip(*losses(trained))
@@ -130,7 +130,7 @@ def test_two_processes_share_the_clips_and_train_as_one(calm, dataset, tmp_path)
     assert two.returncode == 0, printed
     assert printed.count("step 3, phase") == 1  # only one of them prints
     assert close(losses(tmp_path / "two"), losses(tmp_path / "one"), 5e-3)
-    names = [{file.name for file in Path(tmp_path, "two", f"frames-{rank}").iterdir()}
+    names = [{file.name for file in Path(tmp_path, "two", f"frames-{rank}-train").iterdir()}
              for rank in (0, 1)]
     assert len(names[0]) == len(names[1]) == 6 and not names[0] & names[1]
     with pytest.raises(InputError, match="by 2 processes, not by 1"):
@@ -147,7 +147,8 @@ def test_frames_are_encoded_once_and_more_clips_and_words_can_come(
     monkeypatch.setattr(Encoder, "encode", encode)
     with pytest.raises(KeyboardInterrupt):
         train.main([*calm, "--out", str(tmp_path / "out")])
-    done = sum(asked[:2])
+    done = sum(asked[:2]) - 1
+    next(Path(tmp_path, "out", "frames-0-train").iterdir()).write_bytes(b"")  # a power cut
     asked.clear()
     stop = None
     resume = ["--resume", str(tmp_path / "out")]
@@ -163,7 +164,7 @@ def test_frames_are_encoded_once_and_more_clips_and_words_can_come(
     more = [*resume, "--steps", "4", "--dataset", f"{dataset},{tmp_path / 'more.jsonl'}"]
     with pytest.raises(SystemExit):  # clips that were trained on would validate
         train.main(more)
-    shutil.rmtree(tmp_path / "out" / "frames-0")  # to free the disk
+    shutil.rmtree(tmp_path / "out" / "frames-0-train")  # as users do to free the disk
     assert train.main([*more, "--val", str(few)]) == 0 and sum(asked) > 20
     assert losses(tmp_path / "out")[-1][0] == 7 and "7 steps" in (
         tmp_path / "out" / "README.md").read_text()  # the best by the new clips
