@@ -168,6 +168,8 @@ def encode_once(folder, model, clips, share, args):
         for clip, x, length in zip(batch, frames, lengths):
             write_file(clip["frames"], x[:length].tobytes())
         done += len(batch)
+    for clip in clips:  # frees main memory, where a data file holds the sound
+        del clip["audio"]
 
 def load_batch(model, clips, share=0, seed=0):
     """Frames and lengths of clips: read from the files `frames`, or else encoded."""
@@ -461,6 +463,7 @@ def main(argv=None):
         windows = file_windows(data, args, model, places[rank], rank, world)
     else:
         windows = prefetch(stream_windows(data, args, model, val, places[rank]))
+    del data  # it has the sound of all clips
     steps = prefetch(make_steps(windows, model, args, places[rank], rank))
     dtype = model.embed.weight.dtype
     peak = matmul_flops(model.device, dtype) * world

@@ -354,9 +354,9 @@ for command in sys.argv[1:]:
         assert line.startswith(command.split()[0] + ": ") and "missing" in line
 
 def test_the_project_stays_small():
-    limits = {"data.py": 341, "offline.py": 140, "tinyaudio.py": 584, "train.py": 584,
+    limits = {"data.py": 341, "offline.py": 140, "tinyaudio.py": 584, "train.py": 587,
               "sample.py": 193, "eval.py": 202, "demo.py": 130, "bench.py": 201,
-              "*.py": 2375, "tests/*.py": 1757, "README.md": 235}
+              "*.py": 2378, "tests/*.py": 1757, "README.md": 235}
     faults, sizes = [], {}
     for pattern, limit in limits.items():
         text = "".join(path.read_text("utf-8") for path in ROOT.glob(pattern))
