@@ -367,4 +367,4 @@ def test_the_project_stays_small():
             faults += [f"{pattern}, two statements: {token.line}" for token in
                        tokenize.generate_tokens(io.StringIO(text).readline) if token.string == ";"]
     assert {path.name for path in ROOT.glob("*.py")} < limits.keys() and not faults, faults
-    assert sizes["*.py"] <= 130_200 and sizes["README.md"] <= 15_000, sizes
+    assert sizes["*.py"] <= 130_300 and sizes["README.md"] <= 15_000, sizes
