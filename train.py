@@ -168,11 +168,11 @@ def encode_once(folder, model, clips, share, args):
         for clip, x, length in zip(batch, frames, lengths):
             write_file(clip["frames"], x[:length].tobytes())
         done += len(batch)
-    for clip in clips:  # frees main memory, where a data file holds the sound
+    for clip in clips:  # a data file's sound would stay in main memory
         del clip["audio"]
 
 def load_batch(model, clips, share=0, seed=0):
-    """Frames and lengths of clips: read from the files `frames`, or else encoded."""
+    """Frames (B, T, D), lengths (B,) of clips: read from their files `frames`, or encoded."""
     if "frames" not in clips[0]:
         return encode_batch(model, clips, share, seed)
     frames = []
@@ -433,8 +433,9 @@ def main(argv=None):
     if (out / "model.safetensors").exists() and not args.resume:
         raise InputError(f"{out} holds a model: --resume {out} goes on with its run, --init-from "
                          f"{out} starts from it, with another --out")
-    for folder in () if args.resume else out.glob(f"frames-{rank}-*"):  # of an earlier run
-        shutil.rmtree(folder)
+    if not args.resume:
+        for folder in out.glob(f"frames-{rank}-*"):  # of an earlier run
+            shutil.rmtree(folder)
     places = state["places"] or [{"number": 0, "position": None, "done": 0}] * world
     if len(places) != world:
         raise InputError(f"{out} was trained by {len(places)} processes, not by {world}")
@@ -463,7 +464,7 @@ def main(argv=None):
         windows = file_windows(data, args, model, places[rank], rank, world)
     else:
         windows = prefetch(stream_windows(data, args, model, val, places[rank]))
-    del data  # it has the sound of all clips
+    del data  # frees the sound of clips that have frames
     steps = prefetch(make_steps(windows, model, args, places[rank], rank))
     dtype = model.embed.weight.dtype
     peak = matmul_flops(model.device, dtype) * world
