@@ -148,8 +148,6 @@ def main(argv=None):
     add("--trace", action="store_true", help="show what each step makes of one clip")
     add("--device", help="cuda, mps or cpu; default: the best that is here")
     args = parser.parse_args(argv)
-    if args.task.count("<audio>") != 1:
-        parser.error('--task must say once where the sound goes, as in "Summarise: <audio>"')
     if args.task != TRANSCRIBE and args.format != "text":
         parser.error("--task gives text only: its words have no times in the sound")
     names = []

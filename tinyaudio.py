@@ -101,6 +101,7 @@ def load_decoder(name, device=None, dtype=None):
         shape = hf.AutoModelForCausalLM.from_config(config)
     scales = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # not in `lm_loss`
     if (not hasattr(shape.base_model, "layers")
+            or type(shape.get_input_embeddings()) is not nn.Embedding  # Gemma 3 scales them
             or any(getattr(config, key, None) not in (None, 1) for key in scales)):
         raise InputError(f"{name} is a {config.model_type} model, which is built otherwise than "
                          "Llama, Qwen3 and SmolLM3: use one with `layers` and plain logits")
@@ -176,8 +177,9 @@ class Encoder(nn.Module):
         return self.model(x, attention_mask=mask).last_hidden_state, lengths
 
 class Projector(nn.Module):
-    """The trained bridge: stack k frames -> RMSNorm -> Linear -> GELU -> Linear -> RMSNorm, of 13M
-    parameters or fewer. rms is that of the decoder's embeddings: sound starts as loud as words."""
+    """The trained bridge: stack k frames -> RMSNorm -> Linear -> GELU -> Linear -> RMSNorm. Without
+    `hidden` it has at most 13M parameters. rms is that of the decoder's embeddings: sound starts as
+    loud as words."""
 
     def __init__(self, encoder_dim, decoder_dim, rms=1.0, stack=5, hidden=None):
         super().__init__()
@@ -239,9 +241,10 @@ class LoRA(nn.Module):
 
 def ctc_prefix_extend(log_probs, clips, ends, last, classes):
     """Try K next classes for each of R texts (Watanabe et al. 2017, algorithm 2). log_probs
-    (B, N, 1 + V), clip and last class (0: none) of each text (R,), classes (R, K). ends (R, N, 2)
-    is log p that the frames up to n spell the text, the last one its last token (0) or a blank (1).
-    Returns log p that the clip begins with the longer text (R, K), and its ends (R, K, N, 2)."""
+    (B, N, 1 + V), clip and last class (0: none) of each text (R,), classes (R, K). ends (R, N, 2):
+    [:, n, 0] is log p that the frames 0 to n spell the text and frame n is of its last token, and
+    [:, n, 1] the same where frame n is a blank. Returns log p that the clip begins with the longer
+    text (R, K), and its ends (R, K, N, 2)."""
     token = log_probs[clips[:, None], :, classes]  # (R, K, N)
     blank = log_probs[clips, None, :, 0]  # (R, 1, N)
     old_token, old_blank = ends[:, None, :, 0], ends[:, None, :, 1]
@@ -253,9 +256,9 @@ def ctc_prefix_extend(log_probs, clips, ends, last, classes):
     for n in range(1, ends.shape[1]):
         in_blank.append(np.logaddexp(in_token[-1], in_blank[-1]) + blank[:, :, n])
         in_token.append(np.logaddexp(in_token[-1], before[:, :, n - 1]) + token[:, :, n])
-    starts = np.concatenate([in_token[0][:, :, None], before[:, :, :-1] + token[:, :, 1:]], axis=2)
+    begun = np.concatenate([in_token[0][:, :, None], before[:, :, :-1] + token[:, :, 1:]], axis=2)
     longer = np.stack([np.stack(in_token, axis=2), np.stack(in_blank, axis=2)], axis=3)
-    return np.logaddexp.reduce(starts, axis=2), longer
+    return np.logaddexp.reduce(begun, axis=2), longer
 
 TRANSCRIBE = "Transcribe: <audio>"
 DECODINGS = ("ctc", "greedy", "joint")
@@ -276,7 +279,7 @@ class TinyAudio(nn.Module):
         for frozen in (self.encoder, self.decoder):
             frozen.eval().requires_grad_(False)
         weight, self.end = self.embed.weight, self.tokenizer.eos_token_id
-        self.device, dim = weight.device, weight.shape[1]
+        dim = weight.shape[1]
         rms = weight.norm(dtype=torch.float32).item() / weight.numel()**0.5
         self.projector = Projector(self.encoder.dim, dim, rms, stack, hidden)
         self.ctc = CTCHead(dim, rms)
@@ -289,6 +292,10 @@ class TinyAudio(nn.Module):
             encoder=self.encoder.model.name_or_path, decoder=self.decoder.name_or_path,
             stack=stack, hidden=self.projector.hidden, lora=lora, decode=decode,
             prompt=prompt or self.render(TRANSCRIBE))
+
+    @property
+    def device(self):
+        return self.embed.weight.device
 
     @property
     def embed(self):
@@ -331,7 +338,9 @@ class TinyAudio(nn.Module):
             return self.tokenizer.apply_chat_template(messages[1:], **options)
 
     def prompt(self, task=TRANSCRIBE):
-        """Token ids before and after the audio."""
+        """Token ids before and after the audio. Raises InputError."""
+        if task.count("<audio>") != 1:
+            raise InputError(f"task {task!r} must say once where the sound goes: Sum up: <audio>")
         text = self.config["prompt"] if task == TRANSCRIBE else self.render(task)
         before, _, after = text.rpartition("<audio>")
         return self.tokenize(before), self.tokenize(after)
@@ -354,9 +363,9 @@ class TinyAudio(nn.Module):
         return ctc_weight * ctc + lm_weight * lm, torch.stack([ctc, lm]).detach()
 
     def ctc_loss(self, audio, counts, answers):
-        """CTC loss of the tokens that CTC knows. An answer of more tokens than frames adds zero.
-        Tokens that are in no answer count as one class. Loss and gradient are the same; time and
-        memory are less."""
+        """CTC loss of the tokens that CTC knows. An answer that does not fit its frames adds zero.
+        To save time and memory, the tokens that are in no answer are merged into one class: loss
+        and gradient are the same."""
         classes, words = self.ctc.classes, self.ctc_words
         answers = [[classes[token] for token in answer if token in classes] for answer in answers]
         sizes = torch.tensor([len(answer) for answer in answers])
@@ -438,8 +447,8 @@ class TinyAudio(nn.Module):
     @torch.no_grad()
     def joint(self, audio, counts, weight=0.4, beams=4, choices=16):
         """Beam search for the best (1 - weight) log p_LM + weight log p_CTC: the language model
-        knows sentences, CTC holds it to the sound (Watanabe et al. 2017). Each text tries
-        `choices` next tokens, which the language model expects and some frame sounds like."""
+        knows sentences, CTC holds it to the sound (Watanabe et al. 2017). Only `choices` next
+        tokens of each text are tried: the best by the language model and CTC's loudest frame."""
         logits = self.ctc(audio, self.ctc_words)
         padding = ~length_mask(counts, logits.shape[1], logits.device)
         logits[padding, 1:] = -np.inf  # certainly blank
@@ -485,7 +494,7 @@ class TinyAudio(nn.Module):
 
     def decode(self, audio, counts, decode=None, task=TRANSCRIBE):
         """Answers by one of DECODINGS (default: the best in training), of other tasks by greedy.
-        Where CTC hears nothing: empty. One that reaches its limit gives way to CTC's."""
+        Where CTC hears nothing: empty. One that reaches its length limit is replaced by CTC's."""
         decode = decode or self.config["decode"]
         if decode not in DECODINGS:
             raise InputError(f"decode={decode!r} is none of {', '.join(DECODINGS)}")
@@ -547,7 +556,9 @@ class TinyAudio(nn.Module):
         local = Path(name).is_dir()
         if not local and not is_hub_id(str(name)):
             raise InputError(f"{name} is no folder and no hub id of a checkpoint")
-        folder = Path(name if local else fetch(huggingface_hub.snapshot_download, str(name)))
+        files = ["config.json", "model.safetensors"]
+        folder = Path(name if local else fetch(huggingface_hub.snapshot_download, str(name),
+                                               allow_patterns=files))
         try:
             config = json.loads((folder / "config.json").read_text())
             keys = ["decode", "decoder", "encoder", "hidden", "lora", "prompt", "stack"]

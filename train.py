@@ -80,14 +80,15 @@ def parse_args(argv):
     add("--batch-seconds", type=float, default=120, help="audio per batch (%(default)s)")
     add("--accumulate", type=int, default=1, help="batches per step (%(default)s)")
     add("--lr", type=float, default=1e-3, help="peak learning rate (%(default)s); phase 1: times 4")
-    add("--ctc-weight", type=float, default=0.1, help="weight of CTC in phase 2 (%(default)s)")
+    add("--ctc-weight", type=float, default=0.1, help="weight of CTC in phase 2, "
+                      "if there was a phase 1 (%(default)s)")
     add("--mask", type=float, default=0.15, help="fraction of frames masked (%(default)s)")
     add("--dropout", type=float, default=0.15, help="in the projector (%(default)s)")
     add("--augment", type=float, default=0, help="fraction of clips with other speed, noise")
     add("--compile", action="store_true", help="compile the decoder")
     add("--checkpointing", action="store_true", help="less memory, a third slower")
-    add("--keep-frames", type=float, default=20, metavar="GB", help="disk for frames (20): if all "
-        "fit, files are encoded once; with --augment up to 3 copies")
+    add("--keep-frames", type=float, default=20, metavar="GB", help="disk for frames (20): "
+        "without --augment, and if all fit, files are encoded once")
     add("--log-every", type=int, default=20, help="steps between log lines (%(default)s)")
     add("--eval-every", type=int, default=1000, help="steps between validations (%(default)s)")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
@@ -145,29 +146,30 @@ def usable(clips, model, left_out):
             good.append({**clip, "seconds": seconds, "answer": answer})
     return good
 
-def encode_batch(model, clips, share, seed):
+def encode_batch(model, clips, share=0, seed=0):
     """Frames (B, T, D) and lengths (B,) of clips. A share of them has another speed, or noise."""
-    def prepare(clip, rng):
+    def to_features(clip, rng):
         wave = augment(load_audio(clip["audio"]), rng, share, MAX_SECONDS)
         return model.encoder.features(wave)
     rngs = np.random.default_rng(seed).spawn(len(clips))
-    return model.encoder.encode(list(THREADS.map(prepare, clips, rngs)))
+    return model.encoder.encode(list(THREADS.map(to_features, clips, rngs)))
 
-def encode_once(folder, model, clips, share, args):
+def digest(name):
+    """32 hexadecimal digits in place of a name."""
+    return hashlib.md5(name.encode(errors="backslashreplace")).hexdigest()
+
+def encode_once(folder, model, clips, batch_seconds):
     """Give each clip its `frames`: a file of the folder that holds (T, D) in bfloat16. --resume
     encodes only what has no file yet."""
     folder.mkdir(exist_ok=True)
-    for clip in clips:  # a name may be a long path
-        name = hashlib.md5(clip["name"].encode(errors="backslashreplace")).hexdigest()
-        clip["frames"] = folder / name
+    for clip in clips:  # a name may be a long path; a clip that was recorded anew has a new length
+        clip["frames"] = folder / digest(f"{clip['name']} {clip['seconds']}")
     left = [x for x in clips if not x["frames"].exists() or not x["frames"].stat().st_size]
-    done = len(clips) - len(left)
-    for batch in tqdm(make_batches(left, args.batch_seconds), "encoding, once", disable=None):
-        frames, lengths = encode_batch(model, batch, share, [args.seed, done])
+    for batch in tqdm(make_batches(left, batch_seconds), "encoding, once", disable=None):
+        frames, lengths = encode_batch(model, batch)
         frames = frames.to("cpu", torch.bfloat16).view(torch.int16).numpy()  # NumPy has no bfloat16
         for clip, x, length in zip(batch, frames, lengths):
             write_file(clip["frames"], x[:length].tobytes())
-        done += len(batch)
     for clip in clips:  # a data file's sound would stay in main memory
         del clip["audio"]
 
@@ -196,15 +198,13 @@ def stream_windows(rows, args, model, val, place):
         yield number, position, clips + silent
 
 def file_windows(clips, args, model, place, rank, world):
-    """Endless epochs of clips of files, which are encoded once if their frames fit."""
+    """Endless epochs of clips of files, which are encoded once if they stay as they are, and if
+    their frames fit."""
     seconds = sum(clip["seconds"] for clip in clips)
     clips = clips + no_speech(min(300, round(NO_SPEECH * len(clips))), [args.seed, rank])
     size = seconds * model.encoder.frame_rate * model.encoder.dim * 2 / 1e9
-    copies = min(3 if args.augment else 1, int(args.keep_frames / world / size))
-    if copies:
-        clips = [{**clip, "name": clip["name"] + copy * " again"}  # each with frames of its own
-                 for copy in range(copies) for clip in clips]
-        encode_once(Path(args.out, f"frames-{rank}-train"), model, clips, args.augment, args)
+    if not args.augment and size <= args.keep_frames / world:
+        encode_once(Path(args.out, f"frames-{rank}-train"), model, clips, args.batch_seconds)
     return ((epoch, None, clips) for epoch in itertools.count(place["number"]))
 
 def make_steps(windows, model, args, place, rank):
@@ -226,7 +226,8 @@ def make_steps(windows, model, args, place, rank):
 
 def prefetch(items):
     """Items of an endless generator. A thread makes the next one in advance."""
-    with ThreadPoolExecutor(1) as pool:
+    # Of one core: with more threads than cores OpenMP's sleep between kernels, which costs a fifth
+    with ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(1)) as pool:
         future = pool.submit(next, items)
         while True:
             item, future = future.result(), pool.submit(next, items)
@@ -247,16 +248,24 @@ def load_data(args, model, rank, world):
     if val_name:
         val = read(val_name, "validation", 200)
     else:
-        val = np.random.default_rng(args.seed).permutation(clips)[:min(50, len(clips) // 10 + 1)]
+        # By a hash: when clips are added later, hardly one of those trained on moves to these
+        clips = sorted(clips, key=lambda clip: digest(Path(clip["name"]).name))
+        val = clips[:min(50, len(clips) // 10 + 1)]
     held_out = {os.path.realpath(clip["name"]) for clip in val}
     val = usable(val, model, left_out)
     if not val:
         raise InputError(f"{val_name or args.dataset} has no usable clip to validate on")
     if streamed:
-        print(f"{args.dataset}: a stream, and {len(val)} clips to validate on")
-        # The texts are not known yet: CTC may use every token that is made of letters.
-        texts = enumerate(map(model.tokenizer.decode, range(len(model.tokenizer))))
-        model.set_ctc_tokens(i for i, x in texts if x.isascii() and x.strip().isalpha())
+        print(f"{args.dataset}: a stream, and {len(val)} clips to validate on; left out of them: "
+              f"{dict(left_out) or 'nothing'}")
+        # The texts are not known yet: CTC may use every token, in English those of letters.
+        letters = [x for clip in val for x in clip["text"] if x.isalpha()]
+        english = sum(map(str.isascii, letters)) > 0.999 * len(letters)
+        tokens = set(range(len(model.tokenizer))) - set(model.tokenizer.all_special_ids)
+        if english:
+            texts = {token: model.tokenizer.decode(token) for token in tokens}
+            tokens = [token for token, x in texts.items() if x.isascii() and x.strip().isalpha()]
+        model.set_ctc_tokens(tokens)
         from datasets.distributed import split_dataset_by_node
         rows = open_stream(train_name, "train")
         by = "shards" if rows.num_shards >= world else "examples"
@@ -264,7 +273,7 @@ def load_data(args, model, rank, world):
         return rows.shuffle(args.seed, buffer_size=1).repeat(None), val  # of files, not of clips
     clips = [clip for clip in clips if os.path.realpath(clip["name"]) not in held_out]
     if not clips:
-        raise InputError(f"nothing is left to train on: --val has all clips of {args.dataset}")
+        raise InputError(f"{args.dataset} has no clip beside those to validate on")
     model.set_ctc_tokens(token for clip in clips for token in model.tokenize_answer(clip["text"]))
     clips = usable(clips[rank::world], model, left_out)
     print(f"{args.dataset}: {sum(clip['seconds'] for clip in clips) / 3600:.2f} h in {len(clips)} "
@@ -333,15 +342,16 @@ def peak_memory(device):
     return sum(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM"))
 
 @torch.no_grad()
-def validate(model, clips, decodings, batch_seconds):
-    """CTC loss and cross-entropy per token of clips with frames, WER of each decoding, and the
-    reference and hypothesis of one clip."""
+def validate(model, clips, phase, batch_seconds):
+    """CTC loss and cross-entropy (0 in phase 1) per token of clips with frames, WER of each
+    decoding, and the reference and hypothesis of one clip."""
+    decodings = DECODINGS if phase == 2 else ("ctc",)
     losses, references, texts = 0, [], {decode: [] for decode in decodings}
     model.eval()
     for batch in make_batches(clips, min(120, batch_seconds)):
         frames, lengths = load_batch(model, batch)
         answers = [clip["answer"] for clip in batch]
-        losses += model.loss(frames, lengths, answers, 1, decodings == DECODINGS)[1]
+        losses += model.loss(frames, lengths, answers, 1, phase == 2)[1]
         audio, counts = model.projector(frames, lengths)
         references += [clip["text"] for clip in batch]
         for decode in decodings:
@@ -430,9 +440,9 @@ def main(argv=None):
     print(f"device: {find_device(args.device)}")
     out, log_file = Path(args.out), Path(args.out, "log.jsonl")
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "model.safetensors").exists() and not args.resume:
-        raise InputError(f"{out} holds a model: --resume {out} goes on with its run, --init-from "
-                         f"{out} starts from it, with another --out")
+    if (out / "README.md").exists() and not args.resume:  # of a model, or of something else
+        raise InputError(f"{out} holds a README.md, as of a model: --resume {out} goes on with its "
+                         f"run, --init-from {out} starts from it, with another --out")
     if not args.resume:
         for folder in out.glob(f"frames-{rank}-*"):  # of an earlier run
             shutil.rmtree(folder)
@@ -459,12 +469,11 @@ def main(argv=None):
         save(args, model, optimizer, rows, 0, places)
         print(f"from here on, python train.py --resume {out} goes on after a stop")
     if rank == 0:
-        encode_once(out / "frames-0-val", model, val, 0, args)
+        encode_once(out / "frames-0-val", model, val, args.batch_seconds)
     if isinstance(data, list):
         windows = file_windows(data, args, model, places[rank], rank, world)
     else:
         windows = prefetch(stream_windows(data, args, model, val, places[rank]))
-    del data  # frees the sound of clips that have frames
     steps = prefetch(make_steps(windows, model, args, places[rank], rank))
     dtype = model.embed.weight.dtype
     peak = matmul_flops(model.device, dtype) * world
@@ -515,18 +524,18 @@ def main(argv=None):
             losses += parts
             flops += model_flops(model, batch, *weights)
         stopped = len(stop)
-        trained = [p for p in learned if p.grad is not None]  # phase 1 leaves the LoRA out
+        with_grad = [p for p in learned if p.grad is not None]  # phase 1 leaves the LoRA out
         if world > 1:
             sums = torch.tensor([tokens, seconds, flops, stopped], dtype=torch.float64)
             sums = sums.to(model.device)
-            for x in (sums, losses, *(p.grad for p in trained)):
+            for x in (sums, losses, *(p.grad for p in with_grad)):
                 dist.all_reduce(x)
             tokens, seconds, flops, stopped = sums.tolist()
-        for p in trained:
+        for p in with_grad:
             p.grad /= tokens
 
         # Limit the gradient to norm 1, and step
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
+        norm = torch.nn.utils.clip_grad_norm_(with_grad, 1.0).item()
         bad_steps = 0 if math.isfinite(norm) else bad_steps + 1
         if not bad_steps:
             optimizer.step()
@@ -561,8 +570,7 @@ def main(argv=None):
         if check and rank == 0:  # the other processes wait in all_reduce
             if not stopped:
                 with torch.compiler.set_stance("force_eager"):  # decoding has other shapes
-                    decodings = DECODINGS if phase == 2 else ("ctc",)
-                    (ctc, lm), wers, texts = validate(model, val, decodings, args.batch_seconds)
+                    (ctc, lm), wers, texts = validate(model, val, phase, args.batch_seconds)
                 model.config["decode"] = min(wers, key=wers.get)
                 log({"step": step, "phase": phase, "val_loss": ctc if phase == 1 else lm,
                      "val_ctc": ctc, "wer": wers})

@@ -82,9 +82,11 @@ def test_decoders_of_another_build_and_big_ones_on_a_cpu(toys, tmp_path, monkeyp
         hf.AutoTokenizer.from_pretrained(toys["llama"]).save_pretrained(target)
         config.save_pretrained(target)
         return str(target)
-    gpt2 = hf.GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2)
-    hf.GPT2LMHeadModel(gpt2).save_pretrained(folder(gpt2))
-    assert "is a gpt2 model, which is built otherwise" in one_line(load_decoder, folder(gpt2))
+    odd = (hf.GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2),
+           hf.Gemma3TextConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1))
+    for config in odd:
+        line = one_line(load_decoder, folder(config))
+        assert f"is a {config.model_type} model, which is built otherwise" in line
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
     big = folder(hf.Qwen3Config(num_hidden_layers=5, intermediate_size=12288, vocab_size=320))
     assert "1.1 billion parameters" in one_line(load_decoder, big)
@@ -126,6 +128,7 @@ def test_frozen_parts_are_submodules_that_stay_in_eval(toys):
     assert model.projector.training
     assert not any(m.training for part in (model.encoder, model.decoder) for m in part.modules())
     assert {name.split(".")[0] for name in model.trained()} == {"projector", "ctc"}
+    assert model.to("meta").device.type == "meta"
     assert model.config["encoder"] == toys["whisper"] and model.config["decoder"] == toys["llama"]
 
 def test_size_of_the_trained_part():
@@ -155,6 +158,8 @@ def test_prompt_is_the_chat_template_around_the_audio(toys):
     assert model.render(TRANSCRIBE) == "User: Transcribe: <audio> Assistant:"
     model.config["prompt"] = model.render(TRANSCRIBE)
     assert model.prompt() == tuple(map(model.tokenize, ("User: Transcribe: ", " Assistant:")))
+    for task in ("Sum up", "<audio> or <audio>"):
+        assert "where the sound goes" in one_line(model.prompt, task)
 
 def answers_of(model):
     return [model.tokenize_answer(SENTENCES[i % 4]) for i in range(len(WAVES))]

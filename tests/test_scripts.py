@@ -82,7 +82,7 @@ def test_patterns_are_expanded(say, tmp_path):
 def test_a_task_is_another_question(say, tmp_path):
     path = write(tmp_path / "a.wav", 2)
     assert say(path, "--task", "call <audio>")[1] != say(path, "--task", "light <audio>")[1]
-    with pytest.raises(SystemExit):
+    with pytest.raises(InputError, match="where the sound goes"):
         say(path, "--task", "Summarise")
 
 def test_trace_follows_a_clip_to_its_text(say, tmp_path):
@@ -354,9 +354,9 @@ for command in sys.argv[1:]:
         assert line.startswith(command.split()[0] + ": ") and "missing" in line
 
 def test_the_project_stays_small():
-    limits = {"data.py": 341, "offline.py": 140, "tinyaudio.py": 584, "train.py": 588,
-              "sample.py": 193, "eval.py": 202, "demo.py": 130, "bench.py": 201,
-              "*.py": 2379, "tests/*.py": 1757, "README.md": 235}
+    limits = {"data.py": 341, "offline.py": 140, "tinyaudio.py": 595, "train.py": 596,
+              "sample.py": 191, "eval.py": 202, "demo.py": 130, "bench.py": 201,
+              "*.py": 2396, "tests/*.py": 1785, "README.md": 235}
     faults, sizes = [], {}
     for pattern, limit in limits.items():
         text = "".join(path.read_text("utf-8") for path in ROOT.glob(pattern))
@@ -367,4 +367,4 @@ def test_the_project_stays_small():
             faults += [f"{pattern}, two statements: {token.line}" for token in
                        tokenize.generate_tokens(io.StringIO(text).readline) if token.string == ";"]
     assert {path.name for path in ROOT.glob("*.py")} < limits.keys() and not faults, faults
-    assert sizes["*.py"] <= 130_400 and sizes["README.md"] <= 15_000, sizes
+    assert sizes["*.py"] <= 131_300 and sizes["README.md"] <= 15_000, sizes

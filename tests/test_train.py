@@ -15,6 +15,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import safetensors.torch
 import soundfile
@@ -82,8 +83,8 @@ def test_a_run_learns_and_writes_its_files(trained):
 
 def test_the_best_step_is_kept_and_the_last_one_goes_on(calm, tmp_path, monkeypatch, capsys):
     said = iter([(0.3,), (0.3, 0.1, 0.2), (0.3, 0.2, 0.2), (0.3, 0.2, 0.2)])
-    monkeypatch.setattr(train, "validate", lambda model, clips, decodings, _: (
-        (1.5, 2.5), dict(zip(decodings, next(said))), ("hi", "hello")))
+    monkeypatch.setattr(train, "validate", lambda *_: (
+        (1.5, 2.5), dict(zip(("ctc", "greedy", "joint"), next(said))), ("hi", "hello")))
     assert train.main([*calm, "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "config.json").read_text())["decode"] == "greedy"
     assert "\n4 steps. WER of validation clips: 30.00% by ctc, 10.00% by greedy" in (
@@ -170,7 +171,7 @@ def test_frames_are_encoded_once_and_more_clips_and_words_can_come(
         tmp_path / "out" / "README.md").read_text()  # the best by the new clips
 
 def test_a_folder_with_a_run_and_other_flags_are_refused(train_flags, trained, tmp_path, capsys):
-    with pytest.raises(InputError, match="holds a model.*--resume"):
+    with pytest.raises(InputError, match="as of a model.*--resume"):
         train.main([*train_flags, "--out", str(trained)])
     with pytest.raises(SystemExit) as status:
         train.main(["--resume", str(trained), "--lr", "1"])
@@ -192,7 +193,7 @@ def test_what_stops_before_the_long_work(calm, dataset, tmp_path, monkeypatch):
     other = Path(dataset).parent / "other.jsonl"
     other.write_text("\n".join(map(json.dumps, rows)))
     for val in (dataset, other):
-        with pytest.raises(InputError, match="nothing is left to train on: --val has all"):
+        with pytest.raises(InputError, match="no clip beside those to validate on"):
             train.main([*calm, "--val", str(val), "--out", str(tmp_path / "a")])
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ModuleNotFoundError, match="wandb"):
@@ -300,6 +301,28 @@ def test_a_stream_is_trained_on_and_resumed_where_it_was(stream, tmp_path, monke
     assert len(losses(tmp_path / "stopped")) == 5
     assert train.main(["--resume", "stopped"]) == 0 and not heard & held_out
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+def test_a_stream_in_another_script_is_spelt_too(stream):
+    args, _ = train.parse_args([*stream, "--dataset", "loquacious"])
+    model = train.build_model(args)
+    train.load_data(args, model, 0, 1)
+    assert all(model.tokenizer.decode(token).isascii() for token in model.ctc.classes)
+    file = "speechbrain/LoquaciousSet/dev-0.parquet"
+    rows = [{**row, "text": "\u0434\u0430"} for row in pyarrow.parquet.read_table(file).to_pylist()]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    _, val = train.load_data(args, model, 0, 1)
+    assert len(val) == 2 and all(set(clip["answer"]) <= model.ctc.classes.keys() for clip in val)
+    assert not set(model.tokenizer.all_special_ids) & model.ctc.classes.keys()
+
+def test_clips_that_were_trained_on_do_not_validate_when_more_come(calm, dataset):
+    file, found = Path(dataset).with_name("grows.jsonl"), []
+    for count in (10, 19):
+        file.write_text("".join(open(dataset).readlines()[:count]))
+        args, _ = train.parse_args([*calm, "--dataset", str(file)])
+        clips = train.load_data(args, train.build_model(args), 0, 1)
+        found.append([{clip["name"] for clip in part} for part in clips])
+    (trained, first), (_, then) = found
+    assert len(first) == len(then) == 2 and not trained & then
 
 @pytest.mark.parametrize("shards", [2, 1])
 def test_each_process_has_its_part_of_a_stream_and_the_dev_split_validates(stream, shards):
