@@ -80,15 +80,15 @@ def parse_args(argv):
     add("--batch-seconds", type=float, default=120, help="audio per batch (%(default)s)")
     add("--accumulate", type=int, default=1, help="batches per step (%(default)s)")
     add("--lr", type=float, default=1e-3, help="peak learning rate (%(default)s); phase 1: times 4")
-    add("--ctc-weight", type=float, default=0.1, help="weight of CTC in phase 2, "
-                      "if there was a phase 1 (%(default)s)")
+    add("--ctc-weight", type=float, default=0.1, help="weight of CTC in phase 2, if there was a "
+                                                      "phase 1 (%(default)s)")
     add("--mask", type=float, default=0.15, help="fraction of frames masked (%(default)s)")
     add("--dropout", type=float, default=0.15, help="in the projector (%(default)s)")
     add("--augment", type=float, default=0, help="fraction of clips with other speed, noise")
     add("--compile", action="store_true", help="compile the decoder")
     add("--checkpointing", action="store_true", help="less memory, a third slower")
     add("--keep-frames", type=float, default=20, metavar="GB", help="disk for frames (20): "
-        "without --augment, and if all fit, files are encoded once")
+        "files are encoded once if all fit and --augment is 0")
     add("--log-every", type=int, default=20, help="steps between log lines (%(default)s)")
     add("--eval-every", type=int, default=1000, help="steps between validations (%(default)s)")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
@@ -155,14 +155,14 @@ def encode_batch(model, clips, share=0, seed=0):
     return model.encoder.encode(list(THREADS.map(to_features, clips, rngs)))
 
 def digest(name):
-    """32 hexadecimal digits in place of a name."""
+    """32 hexadecimal digits in place of a name, which may be a long path."""
     return hashlib.md5(name.encode(errors="backslashreplace")).hexdigest()
 
 def encode_once(folder, model, clips, batch_seconds):
     """Give each clip its `frames`: a file of the folder that holds (T, D) in bfloat16. --resume
     encodes only what has no file yet."""
     folder.mkdir(exist_ok=True)
-    for clip in clips:  # a name may be a long path; a clip that was recorded anew has a new length
+    for clip in clips:  # one that was recorded anew under its old name has another length
         clip["frames"] = folder / digest(f"{clip['name']} {clip['seconds']}")
     left = [x for x in clips if not x["frames"].exists() or not x["frames"].stat().st_size]
     for batch in tqdm(make_batches(left, batch_seconds), "encoding, once", disable=None):
@@ -198,8 +198,8 @@ def stream_windows(rows, args, model, val, place):
         yield number, position, clips + silent
 
 def file_windows(clips, args, model, place, rank, world):
-    """Endless epochs of clips of files, which are encoded once if they stay as they are, and if
-    their frames fit."""
+    """Endless epochs of clips of files. They are encoded once if --augment leaves them as they are
+    and all frames fit."""
     seconds = sum(clip["seconds"] for clip in clips)
     clips = clips + no_speech(min(300, round(NO_SPEECH * len(clips))), [args.seed, rank])
     size = seconds * model.encoder.frame_rate * model.encoder.dim * 2 / 1e9
@@ -226,7 +226,7 @@ def make_steps(windows, model, args, place, rank):
 
 def prefetch(items):
     """Items of an endless generator. A thread makes the next one in advance."""
-    # Of one core: with more threads than cores OpenMP's sleep between kernels, which costs a fifth
+    # One core for it: with more threads than cores, OpenMP puts threads to sleep between kernels
     with ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(1)) as pool:
         future = pool.submit(next, items)
         while True:
@@ -248,7 +248,7 @@ def load_data(args, model, rank, world):
     if val_name:
         val = read(val_name, "validation", 200)
     else:
-        # By a hash: when clips are added later, hardly one of those trained on moves to these
+        # By a hash of the name: if clips are added later, hardly one changes sides
         clips = sorted(clips, key=lambda clip: digest(Path(clip["name"]).name))
         val = clips[:min(50, len(clips) // 10 + 1)]
     held_out = {os.path.realpath(clip["name"]) for clip in val}
@@ -258,7 +258,7 @@ def load_data(args, model, rank, world):
     if streamed:
         print(f"{args.dataset}: a stream, and {len(val)} clips to validate on; left out of them: "
               f"{dict(left_out) or 'nothing'}")
-        # The texts are not known yet: CTC may use every token, in English those of letters.
+        # The texts are not known yet. In English CTC may use tokens of letters, else every token
         letters = [x for clip in val for x in clip["text"] if x.isalpha()]
         english = sum(map(str.isascii, letters)) > 0.999 * len(letters)
         tokens = set(range(len(model.tokenizer))) - set(model.tokenizer.all_special_ids)
@@ -440,9 +440,10 @@ def main(argv=None):
     print(f"device: {find_device(args.device)}")
     out, log_file = Path(args.out), Path(args.out, "log.jsonl")
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "README.md").exists() and not args.resume:  # of a model, or of something else
-        raise InputError(f"{out} holds a README.md, as of a model: --resume {out} goes on with its "
-                         f"run, --init-from {out} starts from it, with another --out")
+    written = [name for name in ("model.safetensors", "README.md") if (out / name).exists()]
+    if written and not args.resume:
+        raise InputError(f"{out} holds a {written[0]}, which would be lost: --resume {out} goes on "
+                         f"with its run, --init-from {out} starts from it, with another --out")
     if not args.resume:
         for folder in out.glob(f"frames-{rank}-*"):  # of an earlier run
             shutil.rmtree(folder)

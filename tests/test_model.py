@@ -121,6 +121,19 @@ def test_the_prompt_is_kept_with_the_checkpoint(toys, tmp_path):
     assert loaded.prompt() == model.prompt()
     assert loaded.prompt("Sum up: <audio>")[0] == loaded.tokenize("Today: 2 May. Sum up: ")
 
+def test_of_a_hub_id_only_the_two_files_are_downloaded(toys, tmp_path, monkeypatch):
+    def download(name, allow_patterns):
+        hub.mkdir()
+        for file in allow_patterns:
+            shutil.copy(tmp_path / "ckpt" / file, hub)
+        return str(hub)
+    hub, model = tmp_path / "hub", build(toys)
+    model.save_pretrained(tmp_path / "ckpt")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    loaded = TinyAudio.from_pretrained("owner/name", "cpu", torch.float32)
+    assert sorted(file.name for file in hub.iterdir()) == ["config.json", "model.safetensors"]
+    assert loaded.config == model.config
+
 def test_frozen_parts_are_submodules_that_stay_in_eval(toys):
     pair = load_encoder(toys["whisper"], "cpu"), load_decoder(toys["llama"], "cpu")
     model = TinyAudio(*pair).train()

@@ -354,9 +354,9 @@ for command in sys.argv[1:]:
         assert line.startswith(command.split()[0] + ": ") and "missing" in line
 
 def test_the_project_stays_small():
-    limits = {"data.py": 341, "offline.py": 140, "tinyaudio.py": 595, "train.py": 596,
+    limits = {"data.py": 341, "offline.py": 140, "tinyaudio.py": 595, "train.py": 597,
               "sample.py": 191, "eval.py": 202, "demo.py": 130, "bench.py": 201,
-              "*.py": 2396, "tests/*.py": 1785, "README.md": 235}
+              "*.py": 2397, "tests/*.py": 1809, "README.md": 235}
     faults, sizes = [], {}
     for pattern, limit in limits.items():
         text = "".join(path.read_text("utf-8") for path in ROOT.glob(pattern))

@@ -170,9 +170,20 @@ def test_frames_are_encoded_once_and_more_clips_and_words_can_come(
     assert losses(tmp_path / "out")[-1][0] == 7 and "7 steps" in (
         tmp_path / "out" / "README.md").read_text()  # the best by the new clips
 
+def test_a_clip_that_was_recorded_anew_is_encoded_anew(calm, tmp_path):
+    args, _ = train.parse_args(calm)
+    model, sizes = train.build_model(args), []
+    for seconds in (1, 2):
+        clip = {"name": "a.wav", "audio": tone(seconds), "seconds": float(seconds)}
+        train.encode_once(tmp_path, model, [clip], 9)
+        sizes.append(clip["frames"].stat().st_size)
+    assert sizes[1] == 2 * sizes[0]
+
 def test_a_folder_with_a_run_and_other_flags_are_refused(train_flags, trained, tmp_path, capsys):
-    with pytest.raises(InputError, match="as of a model.*--resume"):
-        train.main([*train_flags, "--out", str(trained)])
+    (tmp_path / "README.md").write_text("mine")
+    for out, name in ((trained, "model.safetensors"), (tmp_path, "README.md")):
+        with pytest.raises(InputError, match=f"holds a {name}.*--resume"):
+            train.main([*train_flags, "--out", str(out)])
     with pytest.raises(SystemExit) as status:
         train.main(["--resume", str(trained), "--lr", "1"])
     assert status.value.code == 2 and "--resume does not take --lr" in capsys.readouterr().err
