@@ -142,7 +142,8 @@ def measure(args):
     gpu = torch.cuda.get_device_name(model.device) if cuda else "CPU"
     peak = matmul_flops(model.device, dtype)
     clips = sorted(make_clips(model, args.clips), key=lambda clip: -clip["seconds"])
-    print(f"{len(clips)} clips, {dtype}, {gpu}, {peak / 1e12:.3f} TFLOP/s\n\n"
+    print("{encoder} -> {decoder}: ".format(**model.config)
+          + f"{len(clips)} clips, {dtype}, {gpu}, {peak / 1e12:.3f} TFLOP/s\n\n"
           "| | x real time | loss | MFU | GB |\n|---|---|---|---|---|")
 
     def show(run, name, size, batches):

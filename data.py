@@ -14,7 +14,8 @@ import soundfile
 import soxr
 
 SAMPLE_RATE = 16_000  # Hz
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".m4a")
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".au", ".caf",
+                  ".m4a", ".aac", ".mp4", ".wma", ".webm", ".amr")  # not readable, but counted
 AUDIO_COLUMNS = ("audio", "wav", "file_name", "audio_filepath", "path")
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")
 TAGS = re.compile(rb"\A(\0+|TAG.{125}|APETAGEX.+?APETAGEX.{24})*", re.DOTALL)  # behind an MP3
@@ -28,7 +29,8 @@ def first_line(error):
 
 def run(main):
     """Call the main() of a script: what the user can mend is one line, and exit status 1."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters
+    encoding = None if sys.stdout.isatty() else "utf-8"  # a terminal's own may lack letters
+    sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
     try:
         status = main()
         sys.stdout.flush()
@@ -50,7 +52,8 @@ def read_audio(source, sample_rate=SAMPLE_RATE, longest=1e9):
     """Yields float32 arrays (samples,), mono, 16 kHz: of a file 10 s at a time, an array at once.
     source is a path, bytes or file; an array or tensor (samples,), (samples, channels) or
     (channels, samples), float in [-1, 1] or integer, of sample_rate in Hz; or a dict of Hugging
-    Face, also of a stretch. Raises InputError, behind the last sample if a part is missing."""
+    Face, perhaps with offset and duration in seconds. Raises InputError, behind the last sample if
+    a part is missing."""
     row = source if isinstance(source, dict) else {"path": source}
     name = row["path"] if isinstance(row.get("path"), (str, Path)) else "audio input"
     sound = row.get("array", row.get("bytes") or row.get("path"))
@@ -58,7 +61,7 @@ def read_audio(source, sample_rate=SAMPLE_RATE, longest=1e9):
     start, place, known, nothing = row.get("offset", 0), 0, None, np.zeros(0, np.float32)
     end = start + min(row.get("duration", 1e9), longest)
     try:
-        for block, rate in read_blocks(sound, row.get("sampling_rate", sample_rate)):
+        for block, rate in read_blocks(sound, row.get("sampling_rate") or sample_rate):
             if not np.isfinite(block).all() or np.abs(block).max(initial=0) > 16:  # not just loud
                 raise ValueError("samples are not numbers from -1 to 1")
             mono, energies = block.mean(axis=1), np.square(block).sum(axis=0)
@@ -107,13 +110,14 @@ def read_file(file):
         files, more = [io.BytesIO(stream) for stream in streams], 0
     while files:
         file = files.pop(0)
-        # Opened with two false sizes: if both give one length, the header says it.
+        # What the header lacks libsndfile guesses by the size: a false size tells which it was.
         stated = soundfile.SoundFile(Longer(file, more // 2)).frames
         sound = soundfile.SoundFile(Longer(file, more))
         sound.seekable = lambda: False  # else soundfile seeks, which is inexact or fails
         rate, count, block, whole = sound.samplerate, 0, [0], True
         while len(block) and whole:
-            block = np.full((10 * rate, sound.channels), np.nan, np.float32)  # NaN: not read
+            size = min(10 * rate, 2**22)  # a damaged header may say any rate
+            block = np.full((size, sound.channels), np.nan, np.float32)  # NaN: not read
             try:
                 block = sound.read(out=block)
             except soundfile.LibsndfileError:
@@ -125,6 +129,8 @@ def read_file(file):
         rest = TAGS.sub(b"", file.read())
         if len(rest) > 1000 and rest.startswith((b"\xff", b"ID3")) and head != b"fLaC":  # an MP3
             files.append(io.BytesIO(rest))
+    if head == b"OggS" and not streams[-1][streams[-1].rfind(b"OggS") + 5] & 4:  # marks the end
+        raise ValueError("its end is missing")
     if len(rest) > 4096 and sound.format in ("MP3", "FLAC"):
         raise ValueError(f"{len(rest)} bytes follow that are not readable")
 
@@ -182,7 +188,8 @@ def split_audio(blocks):
         raise fault
 
 def clean_text(text):
-    """Reference text: tags become punctuation or go, ALL CAPS, even one acronym, lower case."""
+    """Reference text: tags become punctuation or go; if all of it is in capitals, even NASA alone,
+    it becomes lower case."""
     text = re.sub(rf" ?<({'|'.join(MARKS)})>", lambda tag: MARKS[tag[1]], text)  # of GigaSpeech
     text = re.sub(r"<[\w|/-]+>|\[[\w -]+\]", " ", text)  # <inaudible>, [background noise]
     text = " ".join(text.split())
@@ -200,6 +207,13 @@ def read_clips(pattern):
         files += map(Path, found or [part])
     return [clip for file in files for clip in read_data(file)]
 
+def read_text(file):
+    """The text of a file. Raises InputError."""
+    try:
+        return file.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{file} is not in UTF-8: save it in UTF-8") from None
+
 def read_data(file):
     """Yields the clips of one data file or folder."""
     number, rows = 1, None
@@ -211,9 +225,9 @@ def read_data(file):
             rows = pyarrow.parquet.read_table(file).to_pylist()
         elif file.suffix in (".csv", ".tsv"):
             tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {}
-            rows = csv.DictReader(file.open(encoding="utf-8-sig", newline=""), strict=True, **tabs)
+            rows = csv.DictReader(io.StringIO(read_text(file)), strict=True, **tabs)
         elif file.suffix in (".json", ".jsonl"):
-            text = file.read_text("utf-8-sig").strip()
+            text = read_text(file).strip()
             lines = [line for line in text.split("\n") if line.strip()]
             rows = json.loads(text) if text[:1] == "[" else map(json.loads, lines)
         else:
@@ -230,9 +244,9 @@ def read_data(file):
 def read_folder(folder):
     """Rows of the audio files of a folder, with the text of the .txt beside each."""
     for audio in sorted(folder.rglob("*")):
-        if audio.suffix.lower() in AUDIO_SUFFIXES:
+        if audio.suffix.lower() in AUDIO_SUFFIXES and audio.name[0] != ".":  # of macOS
             file = audio.with_suffix(".txt")
-            text = file.read_text("utf-8-sig") if file.exists() else ""
+            text = read_text(file) if file.exists() else ""
             yield {"audio": str(audio.relative_to(folder.parent)), "text": text}
 
 def to_clip(row, name, folder=""):
@@ -247,10 +261,10 @@ def to_clip(row, name, folder=""):
         audio = audio.get("bytes") or audio.get("path")
     if isinstance(audio, str):
         path, beside = Path(folder, audio), Path(folder, "clips", audio)  # of Common Voice
-        audio = name = str(beside if beside.exists() else path)
+        audio = name = str(beside if beside.exists() and not path.exists() else path)
     elif isinstance(audio, bytes):
         name = hashlib.md5(audio).hexdigest()
-    if row.get("offset") not in (None, ""):  # of NeMo; duration alone is all
+    if row.get("offset") not in (None, ""):  # of NeMo; a duration alone is of all
         stretch = {key: float(row[key]) for key in ("offset", "duration") if row.get(key)}
         audio, name = {"path": audio, **stretch}, f"{name}@{row['offset']}+{row.get('duration')}"
     if isinstance(text, (list, dict, bytes)):
@@ -324,8 +338,9 @@ def no_speech(count, seed):
         wave = rng.choice([0.1, 1]) * coloured_noise(size, rng)
         wave += rng.choice([0, 1]) * np.sin(angles).sum(axis=0)
         wave *= 10 ** rng.uniform(-3, 0) / np.abs(wave).max()
-        clips.append({"name": f"no speech {number}", "audio": wave.astype(np.float32), "text": "",
-                      "seconds": size / SAMPLE_RATE, "answer": []})
+        name = f"no speech {number}"
+        clips.append({"name": name, "audio": wave.astype(np.float32), "seconds": size / SAMPLE_RATE,
+                      "sound": name, "text": "", "answer": []})
     return clips
 
 def write_file(path, data):

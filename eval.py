@@ -25,7 +25,7 @@ from whisper_normalizer.english import EnglishTextNormalizer
 
 from data import (SAMPLE_RATE, InputError, is_hub_id, load_audio, open_stream,
                   read_clips, run, stream_clips, write_file)
-from tinyaudio import DECODINGS, TinyAudio, fetch
+from tinyaudio import DECODINGS, TinyAudio, fetch, find_device
 
 ESB = "hf-audio/esb-datasets-test-only-sorted"  # the test sets of the Open ASR Leaderboard
 BENCHMARKS = {name: f"{ESB}:{name}:test" for name in
@@ -55,9 +55,15 @@ def wer(rows):
     """Errors by reference words over all rows, a fraction; NaN without words."""
     return sum(row["errors"] for row in rows) / (sum(row["words"] for row in rows) or np.nan)
 
+def is_english(texts):
+    """Whether nearly all letters of the texts are those of English."""
+    letters = [letter for text in texts for letter in text if letter.isalpha()]
+    return sum(map(str.isascii, letters)) >= 0.999 * len(letters)
+
 def corpus_wer(references, hypotheses):
-    """WER of lists of texts, after Whisper's English normaliser."""
-    return wer([score(*pair) for pair in zip(references, hypotheses)])
+    """WER of lists of texts, after Whisper's normaliser for English or for other languages."""
+    normalizer = "english" if is_english(references) else "basic"
+    return wer([score(*pair, normalizer) for pair in zip(references, hypotheses)])
 
 def interval(rows):
     """95 % interval over 1000 draws of the clips, with replacement (Bisani and Ney 2004)."""
@@ -76,20 +82,23 @@ def read_samples(args):
         rows = rows.shuffle(args.seed, buffer_size=1000).take(args.max_samples)
     return list(stream_clips(rows, name))
 
-def load_recognizer(name, decode, device):
+def load_recognizer(args):
     """A function from waves to texts; its encoder, decoder and trained parameters; weights."""
+    name, device = args.checkpoint, find_device(args.device)
     config, _ = fetch(PretrainedConfig.get_config_dict, name)
     if "model_type" not in config:
         model = TinyAudio.from_pretrained(name, device)
         size = sum(x.numel() for x in model.loaded.values())
         facts = config["encoder"], config["decoder"], f"{size / 1e6:.1f}M"
-        return lambda waves: model.transcribe(waves, decode), facts, model.loaded
+        return lambda waves: model.transcribe(waves, args.decode), facts, model.loaded
     pipe = fetch(lambda x: pipeline("automatic-speech-recognition", x, device=device), name)
     options = {}
     if config["model_type"] == "whisper":
         options = {"return_timestamps": True, "generate_kwargs": {"num_beams": 1}}
         if getattr(pipe.model.generation_config, "is_multilingual", False):
-            options["generate_kwargs"] |= {"language": "en", "task": "transcribe"}
+            # None: it detects the language of each clip
+            language = "en" if args.normalizer == "english" else None
+            options["generate_kwargs"] |= {"language": language, "task": "transcribe"}
     recognizer = lambda waves: [found["text"] for found in pipe(waves, **options)]
     return recognizer, (name, "-", "-"), pipe.model.state_dict()
 
@@ -105,14 +114,14 @@ def recognize(clips, recognizer):
             rows[-1]["failed"] = str(error)
     start = time.perf_counter()
     texts = recognizer(waves) if waves else []
-    rate = (time.perf_counter() - start) / (sum(row["seconds"] for row in rows) or 1)
+    cost = (time.perf_counter() - start) / (sum(row["seconds"] for row in rows) or 1)
     for row, text in zip((row for row in rows if not row["failed"]), texts):
-        row.update(hypothesis=text, time=rate * row["seconds"])  # its share of the time
+        row.update(hypothesis=text, time=cost * row["seconds"])  # its share of the time
     return rows
 
 def score_clips(args, clips, out):
     """Recognise and score the clips; write and print a row of each. Returns rows and facts."""
-    recognizer, facts, tensors = load_recognizer(args.checkpoint, args.decode, args.device)
+    recognizer, facts, tensors = load_recognizer(args)
     weights = sum(zlib.crc32(x.float().contiguous().cpu().numpy()) for x in tensors.values())
     results = out / "results.jsonl"
     text = results.read_text("utf-8") if args.resume and results.exists() else ""
@@ -182,7 +191,8 @@ def main(argv=None):
                                          "owner/name:config:split of the Hub")
     add("--max-samples", type=int, help="random clips; of a set of the Hub, among 1000")
     add("--seed", type=int, default=0, help="of the random choice")
-    add("--normalizer", choices=NORMALIZERS, default="english", help="Whisper's, or none")
+    add("--normalizer", choices=NORMALIZERS, default="english",
+        help="Whisper's for English (default), its basic one for other languages, or none")
     add("--decode", choices=DECODINGS, help="default: the best one of the training")
     add("--out", help="default: a folder of outputs/ for each set, model and --decode")
     add("--resume", action="store_true", help="go on with an interrupted run")

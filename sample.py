@@ -64,14 +64,14 @@ def time_words(model, audio, ids, start):
     frames, probabilities = (x.tolist() for x in model.align(audio, ids))
     tokens = model.tokenizer.convert_ids_to_tokens(ids)
     seconds = model.projector.stack / model.encoder.frame_rate
-    firsts, letter = ([0] if ids else []), 0  # where each word begins, and the last letter
+    firsts, letter = ([0] if ids else []), 0  # tokens that begin a word; the last letter
     for i in range(1, len(ids)):
         word, longer = (model.detokenize(ids[firsts[-1]:end]) for end in (i, i + 1))
         too_long = (frames[i] + 1 - frames[firsts[-1]]) * seconds > LONGEST or len(longer) > WIDTH
         space = tokens[i][0] in "\u0120\u2581"  # so tokenizers write a leading space
         if space or not word.endswith("\ufffd"):  # otherwise token i is a part of a letter
             letter = i
-        if space or too_long and letter > firsts[-1]:
+        if space or (too_long and letter > firsts[-1]):
             firsts.append(letter)
     return [{"word": model.detokenize(ids[i:j]), "start": round(start + frames[i] * seconds, 2),
              "end": round(start + (frames[j - 1] + 1) * seconds, 2),
@@ -111,7 +111,7 @@ def render(kind, name, parts):
         shown += f"{number}\n{clock(start, mark)} --> {clock(end, mark)}\n{text}\n\n"
     return shown
 
-def trace(model, source, decode):
+def trace(model, source, decode, task):
     """Print on stderr what each step makes of 30 s of sound: function, milliseconds, shape."""
     def shape(x):
         return " x ".join(map(str, (x[0] if isinstance(x, tuple) else x).shape))
@@ -132,8 +132,9 @@ def trace(model, source, decode):
     step(model.projector.stack_frames, frames)
     audio, counts = step(model.projector.forward, frames, lengths)
     step(model.ctc.forward, audio, model.ctc_words, show=spell)
-    step(model.prompt, show=lambda found: f"{len(found[0])} + audio + {len(found[1])} tokens")
-    [ids] = step(model.decode, audio, counts, decode, show=lambda ids: "|".join(map(write, ids[0])))
+    step(model.prompt, task, show=lambda found: f"{len(found[0])} + audio + {len(found[1])} tokens")
+    show_tokens = lambda ids: "|".join(map(write, ids[0]))
+    [ids] = step(model.decode, audio, counts, decode, task, show=show_tokens)
     step(model.detokenize, ids, show=str)
 
 def main(argv=None):
@@ -161,10 +162,12 @@ def main(argv=None):
             raise InputError(f"two files have the same name in {args.out}: use two --out folders")
         args.out.mkdir(parents=True, exist_ok=True)
         files = [(name, target) for name, target in files if not target.exists()]
+        if there := len(names) - len(files):
+            print(f"sample.py: {there} of the files are in {args.out} already", file=sys.stderr)
     model, status = TinyAudio.from_pretrained(args.model, args.device), 0
     as_source = lambda name: sys.stdin.buffer if name == "-" else name
     if args.trace:
-        return trace(model, as_source(names[0]), args.decode)
+        return trace(model, as_source(names[0]), args.decode, args.task)
     sources = (as_source(name) for name, _ in files)
     found = segments(model, sources, args.decode, args.task, words=args.format != "text")
     live = args.format == "text" and not args.out and len(files) == 1

@@ -8,6 +8,7 @@
 The file follows the sound. Shapes: B clips, T encoder frames (50 per second), N stacked frames
 (10 per second), D encoder width, d decoder width, V CTC tokens.
 """
+import itertools
 import json
 import shutil
 import string
@@ -411,19 +412,10 @@ class TinyAudio(nn.Module):
         self.ctc.classes = {token: i for i, token in enumerate(sorted(tokens), 1)}
 
     def ctc_greedy(self, audio, counts):
-        """The best class of each frame, without repeats and blanks. A token behind 5 blanks begins
-        a word: the shipped model spells the first word of a sentence without a space."""
+        """The best class of each frame, without repeats and blanks."""
         paths, tokens = self.ctc(audio, self.ctc_words).argmax(-1), list(self.ctc.classes)
-        answers = [[] for _ in paths]
-        for answer, path, count in zip(answers, paths.tolist(), counts.tolist()):
-            blanks = 0
-            for best, last in zip(path[:count], [0, *path]):
-                if best and best != last:
-                    token = tokens[best - 1]
-                    new_word = " " + self.tokenizer.decode([token]).strip()
-                    answer += self.tokenize(new_word) if answer and blanks > 4 else [token]
-                blanks = 0 if best else blanks + 1
-        return answers
+        return [[tokens[best - 1] for best, _ in itertools.groupby(path[:count]) if best]
+                for path, count in zip(paths.tolist(), counts.tolist())]
 
     def left_pad(self, prompts):
         """B tensors (length, d) -> (B, longest, d) and its mask (B, longest), 0 at padding."""

@@ -32,13 +32,12 @@ from timeit import repeat
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import (SAMPLE_RATE, InputError, augment, first_line, is_hub_id, load_audio, make_batches,
                   no_speech, open_stream, read_clips, run, stream_clips, write_file)
-from eval import corpus_wer
+from eval import corpus_wer, is_english
 from tinyaudio import DECODINGS, TinyAudio, find_device
 
 HUB_SETS = {  # name -> what to train on, what to validate on
@@ -125,15 +124,17 @@ def parse_args(argv):
     return args, state
 
 def usable(clips, model, left_out):
-    """Clips to train on, with `seconds` and `answer` (token ids). left_out counts the others."""
+    """Clips to train on, with `seconds`, `sound` (a hash) and `answer` (token ids). left_out counts
+    the others."""
     def measure(clip):  # by decoding it: headers may be wrong
         try:
-            return len(load_audio(clip["audio"], longest=MAX_SECONDS + 1)) / SAMPLE_RATE
+            wave = load_audio(clip["audio"], longest=MAX_SECONDS + 1)
+            return len(wave) / SAMPLE_RATE, hashlib.md5(wave).hexdigest()
         except InputError as error:
             print(f"train.py: left out {error}", file=sys.stderr)
-            return 0
+            return 0, ""
     good, rate = [], model.encoder.frame_rate / model.projector.stack
-    for clip, seconds in zip(clips, THREADS.map(measure, clips)):
+    for clip, (seconds, sound) in zip(clips, THREADS.map(measure, clips)):
         answer = model.tokenize_answer(clip["text"])
         repeats = sum(first == second for first, second in itertools.pairwise(answer))
         if not 0.1 <= seconds <= MAX_SECONDS:
@@ -143,7 +144,7 @@ def usable(clips, model, left_out):
         elif len(answer) + repeats > seconds * rate:  # no CTC path: repeats need a blank between
             left_out["with more text than sound"] += 1
         else:
-            good.append({**clip, "seconds": seconds, "answer": answer})
+            good.append({**clip, "seconds": seconds, "sound": sound, "answer": answer})
     return good
 
 def encode_batch(model, clips, share=0, seed=0):
@@ -154,16 +155,12 @@ def encode_batch(model, clips, share=0, seed=0):
     rngs = np.random.default_rng(seed).spawn(len(clips))
     return model.encoder.encode(list(THREADS.map(to_features, clips, rngs)))
 
-def digest(name):
-    """32 hexadecimal digits in place of a name, which may be a long path."""
-    return hashlib.md5(name.encode(errors="backslashreplace")).hexdigest()
-
 def encode_once(folder, model, clips, batch_seconds):
     """Give each clip its `frames`: a file of the folder that holds (T, D) in bfloat16. --resume
     encodes only what has no file yet."""
     folder.mkdir(exist_ok=True)
-    for clip in clips:  # one that was recorded anew under its old name has another length
-        clip["frames"] = folder / digest(f"{clip['name']} {clip['seconds']}")
+    for clip in clips:
+        clip["frames"] = folder / clip["sound"]
     left = [x for x in clips if not x["frames"].exists() or not x["frames"].stat().st_size]
     for batch in tqdm(make_batches(left, batch_seconds), "encoding, once", disable=None):
         frames, lengths = encode_batch(model, batch)
@@ -177,11 +174,13 @@ def load_batch(model, clips, share=0, seed=0):
     """Frames (B, T, D), lengths (B,) of clips: read from their files `frames`, or encoded."""
     if "frames" not in clips[0]:
         return encode_batch(model, clips, share, seed)
-    frames = []
-    for clip in clips:
-        x = torch.from_numpy(np.fromfile(clip["frames"], np.int16)).view(torch.bfloat16)
-        frames.append(x.view(-1, model.encoder.dim))
-    return pad_sequence(frames, True).to(model.device), torch.tensor([len(x) for x in frames])
+    frames = [np.fromfile(x["frames"], np.int16).reshape(-1, model.encoder.dim) for x in clips]
+    # By NumPy: PyTorch in a second thread slows the first one, as OpenMP then sleeps often
+    padded = np.zeros((len(frames), max(map(len, frames)), model.encoder.dim), np.int16)
+    for row, x in zip(padded, frames):
+        row[:len(x)] = x
+    padded = torch.from_numpy(padded).view(torch.bfloat16).to(model.device)
+    return padded, torch.tensor([len(x) for x in frames])
 
 def stream_windows(rows, args, model, val, place):
     """Endless windows of a stream: its number, the position before it, its usable clips."""
@@ -226,8 +225,7 @@ def make_steps(windows, model, args, place, rank):
 
 def prefetch(items):
     """Items of an endless generator. A thread makes the next one in advance."""
-    # One core for it: with more threads than cores, OpenMP puts threads to sleep between kernels
-    with ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(1)) as pool:
+    with ThreadPoolExecutor(1) as pool:
         future = pool.submit(next, items)
         while True:
             item, future = future.result(), pool.submit(next, items)
@@ -248,21 +246,21 @@ def load_data(args, model, rank, world):
     if val_name:
         val = read(val_name, "validation", 200)
     else:
-        # By a hash of the name: if clips are added later, hardly one changes sides
-        clips = sorted(clips, key=lambda clip: digest(Path(clip["name"]).name))
+        # By a hash of the file's name: if clips are added later, hardly one changes sides
+        clips = sorted(clips, key=lambda clip: hashlib.md5(
+            Path(clip["name"]).name.encode(errors="backslashreplace")).digest())
         val = clips[:min(50, len(clips) // 10 + 1)]
     held_out = {os.path.realpath(clip["name"]) for clip in val}
     val = usable(val, model, left_out)
     if not val:
-        raise InputError(f"{val_name or args.dataset} has no usable clip to validate on")
+        raise InputError(f"{val_name or args.dataset} has no usable clip to validate on; "
+                         f"left out: {dict(left_out) or 'nothing'}")
     if streamed:
         print(f"{args.dataset}: a stream, and {len(val)} clips to validate on; left out of them: "
               f"{dict(left_out) or 'nothing'}")
         # The texts are not known yet. In English CTC may use tokens of letters, else every token
-        letters = [x for clip in val for x in clip["text"] if x.isalpha()]
-        english = sum(map(str.isascii, letters)) > 0.999 * len(letters)
         tokens = set(range(len(model.tokenizer))) - set(model.tokenizer.all_special_ids)
-        if english:
+        if is_english(clip["text"] for clip in val):
             texts = {token: model.tokenizer.decode(token) for token in tokens}
             tokens = [token for token, x in texts.items() if x.isascii() and x.strip().isalpha()]
         model.set_ctc_tokens(tokens)

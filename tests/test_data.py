@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ def test_what_can_be_read_comes_and_then_what_is_missing_is_said():
     for data, seconds, message in (
             (flac[:len(flac) // 2], 10, "of 20.0 s"), (mp3[:len(mp3) // 2], 10, "of 20.0 s"),
             (wav[:len(wav) // 2], 10, "of 20.0 s"), (flac + flac, 20, "bytes follow"),
+            (opus[:len(opus) // 2], 9, "end is missing"),
             (mp3 + bytes(9999) + b"no" * 9999, 20, "bytes follow"), (ogg + opus, 40, None),
             (mp3 + tag + mp3, 40, None), (mp3 + tag + bytes(9999), 20, None), (unknown, 20, None),
             (guess[frame:], 22, None), (guess[frame:] + bytes(9999) + mp3, 42, None),
@@ -70,7 +72,7 @@ def test_every_way_to_hand_over_a_clip_gives_the_same(tmp_path):
                    bytearray(data), memoryview(data), open(pipe, "rb"), np.stack([wave, -wave]),
                    SimpleNamespace(get_all_samples=lambda: found),
                    np.stack([wave, wave]), np.stack([wave, wave], 1), tensor, tensor[None],
-                   tensor.clone().requires_grad_(), {"array": wave, "sampling_rate": 16_000},
+                   tensor.clone().requires_grad_(), {"array": wave, "sampling_rate": None},
                    {"bytes": data, "path": "x.wav"}, {"bytes": None, "path": str(path)}):
         np.testing.assert_array_equal(load_audio(source), wave)
     for kind, half, middle in ((np.uint8, 2**7, 2**7), (np.int8, 2**7, 0), (np.int16, 2**15, 0),
@@ -162,12 +164,13 @@ def test_data_files_as_others_leave_them(tmp_path, name, content, texts):
     ("missing.jsonl: No such", None), ("a.docx", b""), ("a.parquet", b"PAR1"), ("a.jsonl", b"no"),
     ("list.jsonl", b"[1]\n"), ("no_text.jsonl", b'{"audio": "a.wav"}\n'),
     ("no_audio.csv", b"id,text\n1,one\n"), ("l.jsonl#1: its text", b'{"path": 1, "text": []}'),
-    ("latin.csv", b"audio,text\na,\xe9\n"), ("a.csv: row 1: more", b"audio,text\n1.wav,one, two\n"),
+    ("latin.csv is not in UTF-8", b"audio,text\na,\xe9\n"),
+    ("a.csv: row 1: more", b"audio,text\n1.wav,one, two\n"),
     ("a.csv: row 2", b'audio,text\n1.wav,one\n2.wav,"two\n3.wav,three\n'),
     ("a.jsonl: row 3", b'{"audio": 1, "text": ""}\n{"audio": 1, "text": ""}\n{"audio\n'),
     (r"needed are one of audio, .* and one of text, ", b"id,note\n1,one\n")])
 def test_data_files_that_cannot_be_read(tmp_path, name, content):
-    file = tmp_path / (name.split(":")[0].split("#")[0] if "." in name[:12] else "a.csv")
+    file = tmp_path / (re.split("[ :#]", name)[0] if "." in name[:12] else "a.csv")
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(InputError, match=name) as error:
@@ -186,7 +189,7 @@ def test_a_row_may_be_a_stretch_of_a_file(tmp_path):
         np.testing.assert_allclose(load_audio(clip["audio"]), wave[start:end], atol=1e-4)
 
 @pytest.mark.parametrize("code, status, out, err", [
-    ("print('\u65e5')", 0, b"\\u65e5\n", b""), ("raise KeyboardInterrupt", 130, b"", b""),
+    ("print('\u65e5')", 0, "\u65e5\n".encode(), b""), ("raise KeyboardInterrupt", 130, b"", b""),
     ("os.close(1) or os.dup2(pipe(), 1) and print(9)", 1, b"", b"")])
 def test_scripts_end_without_a_traceback(code, status, out, err):
     head = "import os, data\ndef pipe():\n a, b = os.pipe()\n os.close(a)\n return b\n"
@@ -198,7 +201,7 @@ def test_scripts_end_without_a_traceback(code, status, out, err):
 def test_folders_and_names_of_data(tmp_path, monkeypatch):
     """Recordings without a text, Common Voice's layout, and names that are no hub ids."""
     (tmp_path / "out" / "clips").mkdir(parents=True)
-    for name in ("a.FLAC", "b.m4a", "clips/c.aiff"):
+    for name in ("a.FLAC", "b.m4a", "clips/c.aiff", "._a.FLAC"):
         (tmp_path / "out" / name).touch()
     (tmp_path / "out" / "a.txt").write_text("AT SIX\n")
     clips = read_clips(str(tmp_path / "out"))
@@ -207,6 +210,11 @@ def test_folders_and_names_of_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out" / "a.tsv").write_text("path\ttext\nc.aiff\tone\n")
     assert read_clips("out/a.tsv")[0]["audio"] == "out/clips/c.aiff"
+    (tmp_path / "out" / "c.aiff").touch()
+    assert read_clips("out/a.tsv")[0]["audio"] == "out/c.aiff"
+    (tmp_path / "out" / "b.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match="out/b.txt is not in UTF-8"):
+        read_clips("out")
     for name in ("", "out/a.tsv,", "out/a.tsv, ,out"):
         with pytest.raises(InputError, match="a name is missing"):
             read_clips(name)

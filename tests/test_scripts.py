@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tokenize
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, create_autospec
 
 import datasets
 import jiwer
@@ -94,6 +94,7 @@ def test_trace_follows_a_clip_to_its_text(say, tmp_path):
     text = say(path)[1][0]
     assert shapes[8] == text and shapes[7].replace("|", "").split() == text.split()
     assert shapes[6].endswith(" tokens")
+    assert shapes[6] not in say(path, "--trace", "--task", "Sum it all up: <audio>")[2][6]
 
 def test_a_file_for_each_is_written_once(say, tmp_path):
     names, out = ("a.wav", "b.flac", "broken.wav"), tmp_path / "out"
@@ -104,7 +105,8 @@ def test_a_file_for_each_is_written_once(say, tmp_path):
     assert a.read_text() == say(files[0])[1][0] + "\n"
     a.write_text("mine")
     b.unlink()
-    assert say(*files, "--out", out)[1] == [str(b)] and a.read_text() == "mine"
+    _, lines, errors = say(*files, "--out", out)
+    assert lines == [str(b)] and a.read_text() == "mine" and "1 of the files" in errors[0]
     with pytest.raises(InputError, match="same name"):
         say(files[0], write(tmp_path / "a.flac"), "--out", tmp_path / "more")
 
@@ -185,9 +187,12 @@ def test_wer_is_that_of_jiwer_on_normalised_texts():
     references = [" ".join(rng.choices(words.split(","), k=rng.randrange(9))) for _ in range(200)]
     heard = [" ".join(w for w in text.split() if rng.random() > 0.2) for text in references]
     kept = [(normalize(r), normalize(h)) for r, h in zip(references, heard) if normalize(r)]
-    assert eval.corpus_wer(references, heard) == jiwer.wer(*map(list, zip(*kept)))
+    found = eval.wer(list(map(eval.score, references, heard)))
+    assert found == jiwer.wer(*map(list, zip(*kept)))
     references = ["It's GOOD", "", "ignore_time_segment_in_scoring", "I don\u2019t … know"]
     assert eval.corpus_wer(references, ["it is good", "x", "x", "I don't know"]) == 0
+    german = "wir treffen uns um acht im caf\u00e9"  # "um" is no word in English
+    assert eval.corpus_wer([german], [german.replace("um ", "")]) == 1 / 7
     assert eval.score("A.", "a", "none")["errors"] == 1
     assert eval.score("\u0915\u093f", "\u0915\u0940", "basic")["errors"] == 1  # ki and kii in Hindi
 
@@ -270,8 +275,15 @@ def test_of_a_benchmark_only_what_is_needed_is_streamed(judge, monkeypatch, tmp_
     assert len(numbers) == 10 and max(numbers) > 100 and 1000 <= len(taken) <= 1100
     assert len(list(tmp_path.glob("outputs/eval_librispeech_org-model_*"))) == 1
 
-def test_whisper_by_itself_and_broken_clips(toys, dataset, tmp_path, capsys):
-    eval.main([toys["whisper-own"], "--dataset", dataset, "--out", str(tmp_path)])
+@pytest.mark.parametrize("normalizer, language", [("english", "en"), ("basic", None)])
+def test_whisper_by_itself_and_broken_clips(
+        toys, dataset, tmp_path, capsys, monkeypatch, normalizer, language):
+    generate = hf.WhisperForConditionalGeneration.generate
+    asked = create_autospec(generate, side_effect=generate)
+    monkeypatch.setattr(hf.WhisperForConditionalGeneration, "generate", asked)
+    flags = ["--normalizer", normalizer, "--out", str(tmp_path)]
+    eval.main([toys["whisper-own"], "--dataset", dataset, *flags])
+    assert {call.kwargs["language"] for call in asked.call_args_list} == {language}
     assert "25 samples (seed 0), 1 failed" in capsys.readouterr().out
     rows = list(map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines()))
     [failed] = [row for row in rows if row["failed"]]
@@ -299,6 +311,7 @@ def test_what_bench_prints(talker, capsys, monkeypatch):
     monkeypatch.setattr(TinyAudio, "loss", loss)
     bench.main(["--model", talker, "--clips", "2", "--batch", "1", "--device", "cpu"])
     printed = capsys.readouterr().out
+    assert re.match(r".*whisper -> .*llama: 2 clips", printed)
     assert "\n| joint, batch 1 | " in printed and "\n| phase 1, 120 s | out of memory |" in printed
     assert re.search(r"\n\| phase 2, 120 s \| \d", printed)
     for flag in ("--clips", "--batch", "--batch-seconds"):
@@ -345,18 +358,19 @@ for command in sys.argv[1:]:
     except SystemExit as end:
         print(end.code)"""
     commands = ["sample.py x.wav --model missing", "eval.py missing --dataset missing.jsonl",
+                "eval.py . --dataset assets/quickstart/test.jsonl --device missing",
                 "bench.py --random --device missing", "train.py --resume missing"]
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *commands], cwd=ROOT,
                           text=True, capture_output=True)
     lines = done.stdout.splitlines()
-    assert len(lines) == 4 and not done.stderr, done.stderr
+    assert len(lines) == 5 and not done.stderr, done.stderr
     for command, line in zip(commands, lines):
         assert line.startswith(command.split()[0] + ": ") and "missing" in line
 
 def test_the_project_stays_small():
-    limits = {"data.py": 341, "offline.py": 140, "tinyaudio.py": 595, "train.py": 597,
-              "sample.py": 191, "eval.py": 202, "demo.py": 130, "bench.py": 201,
-              "*.py": 2397, "tests/*.py": 1809, "README.md": 235}
+    limits = {"data.py": 356, "offline.py": 140, "tinyaudio.py": 587, "train.py": 595,
+              "sample.py": 194, "eval.py": 212, "demo.py": 130, "bench.py": 202,
+              "*.py": 2416, "tests/*.py": 1832, "README.md": 235}
     faults, sizes = [], {}
     for pattern, limit in limits.items():
         text = "".join(path.read_text("utf-8") for path in ROOT.glob(pattern))
@@ -367,4 +381,4 @@ def test_the_project_stays_small():
             faults += [f"{pattern}, two statements: {token.line}" for token in
                        tokenize.generate_tokens(io.StringIO(text).readline) if token.string == ";"]
     assert {path.name for path in ROOT.glob("*.py")} < limits.keys() and not faults, faults
-    assert sizes["*.py"] <= 131_300 and sizes["README.md"] <= 15_000, sizes
+    assert sizes["*.py"] <= 132_400 and sizes["README.md"] <= 15_000, sizes
