@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import transformers as hf
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from data import SAMPLE_RATE, load_audio, make_batches, read_clips, run
@@ -47,15 +46,15 @@ def random_pair(args, device):
         whisper = heard.model_type == "whisper"
         encoder = WhisperEncoder(heard) if whisper else hf.AutoModel.from_config(heard)
         decoder = hf.AutoModelForCausalLM.from_config(spoken, dtype=torch.bfloat16)
-    return encoder.bfloat16().requires_grad_(False).eval(), decoder.requires_grad_(False).eval()
+    return encoder.bfloat16(), decoder
 
 def plan(args):
     """Print what training takes. The backbones are on the meta device: they have no weights."""
     encoder, decoder = random_pair(args, "meta")
     projector = Projector(encoder.config.hidden_size, decoder.config.hidden_size)
     linear = [layer for layer in decoder.base_model.modules() if isinstance(layer, nn.Linear)]
-    width_in, width_out = (sum(getattr(layer, f"{side}_features") for layer in linear)
-                           for side in ("in", "out"))
+    width_in = sum(layer.in_features for layer in linear)
+    width_out = sum(layer.out_features for layer in linear)
     n_encoder, n_projector, n_decoder = map(parameters, (encoder, projector, decoder))
     n_lora = args.lora_rank * (width_in + width_out)
     trained = n_projector + n_lora
@@ -101,7 +100,7 @@ def make_model(args):
                  if isinstance(encoder, WhisperEncoder) else hf.Wav2Vec2FeatureExtractor())
     model = TinyAudio(Encoder(encoder, extractor), (decoder, tokenizer)).eval()
     model.set_ctc_tokens(range(len(tokenizer)))
-    model.token_limits = lambda counts, *_: [n // 3 for n in counts.tolist()]  # else endless
+    model.token_limits = lambda audio, *_: [len(clip) // 3 for clip in audio]  # else endless
     return model
 
 def make_clips(model, count):
@@ -112,7 +111,7 @@ def make_clips(model, count):
         wave = np.concatenate([load_audio(command["audio"]) for command in said])
         answer = model.tokenize_answer(" ".join(command["text"] for command in said))
         clips.append({"wave": wave, "seconds": len(wave) / SAMPLE_RATE, "answer": answer,
-                      "frames": model.encoder([wave])[0][0]})
+                      "frames": model.encoder([wave])[0]})
     return clips
 
 def train(model, clips, name):
@@ -120,20 +119,18 @@ def train(model, clips, name):
     alone. Returns the loss, a sum over tokens."""
     dtype, answers = model.embed.weight.dtype, [clip["answer"] for clip in clips]
     frames = [clip["frames"] for clip in clips]
-    lengths = torch.tensor([len(x) for x in frames])
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-        weights = "phase 1" in name, "phase 2" in name
-        loss, _ = model.loss(pad_sequence(frames, True), lengths, answers, *weights)
+        loss, _ = model.loss(frames, answers, "phase 1" in name, "phase 2" in name)
     loss.backward()
     model.zero_grad()
     return loss.item()
 
 def decode(model, clips, name):
     """Encode B clips and decode them as `name` says; greedy is `generate` of transformers."""
-    audio, counts = model.encode([clip["wave"] for clip in clips])
+    audio = model.encode([clip["wave"] for clip in clips])
     if name != "encoder":
-        model.decode(audio, counts, name)
-    return audio.sum().item()  # waits for the device
+        model.decode(audio, name)
+    return audio[-1].sum().item()  # waits for the device
 
 def measure(args):
     """Print a table of decoding and training speeds."""
@@ -151,11 +148,10 @@ def measure(args):
         if cuda:
             torch.cuda.reset_peak_memory_stats(model.device)
         losses, heard, loss, mfu = [], sum(batches, []), "", ""
+        once = lambda: losses.append(sum(run(model, clips, name) for clips in batches))
         try:
             with torch.compiler.set_stance("default" if "--compile" in name else "force_eager"):
-                elapsed = min(repeat(
-                    lambda: losses.append(sum(run(model, clips, name) for clips in batches)),
-                    number=1, repeat=4))
+                elapsed = min(repeat(once, number=1, repeat=4))
         except torch.OutOfMemoryError:
             model.zero_grad()
             return print(f"| {name}, {size} | out of memory | | | |", flush=True)

@@ -345,7 +345,6 @@ def no_speech(count, seed):
 
 def write_file(path, data):
     """Write text or bytes under another name, then rename: a file is whole or it is not there."""
-    path = Path(path)
     unfinished = path.with_name(f"{path.name[-60:]}.unfinished")  # a name has 255 bytes at most
     try:
         unfinished.write_bytes(data.encode(errors="replace") if isinstance(data, str) else data)

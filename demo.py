@@ -36,11 +36,11 @@ def read(path, minutes):
 
 def stream(model, wave, task=TRANSCRIBE):
     """Yields the greedy text in parts, as the language model writes it."""
-    audio, counts = model.encode([wave])
-    if task == TRANSCRIBE and not model.ctc_greedy(audio, counts)[0]:
+    audio = model.encode([wave])
+    if task == TRANSCRIBE and not model.ctc_greedy(audio)[0]:
         return
     streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    writing = ThreadPoolExecutor().submit(model.generate, audio, counts, task, streamer)
+    writing = ThreadPoolExecutor().submit(model.generate, audio, task, streamer)
     writing.add_done_callback(lambda _: streamer.end())  # after an error too
     yield from streamer
     writing.result()  # raises the error
@@ -56,9 +56,9 @@ def draw_hearing(model, minutes, path):
         wave = read(path, minutes)[:28 * SAMPLE_RATE]
     except (InputError, ImportError):
         return None
-    audio, counts = model.encode([wave])
-    probs = model.ctc(audio, model.ctc_words)[0].softmax(-1).detach().cpu().numpy()
-    [ids] = model.decode(audio, counts)
+    audio = model.encode([wave])
+    probs = model.ctc(audio[0], model.ctc_words).softmax(-1).detach().cpu().numpy()
+    [ids] = model.decode(audio)
     times = (np.arange(len(probs)) + 0.5) * model.projector.stack / model.encoder.frame_rate
     figure = Figure(figsize=(11, 4), layout="constrained")
     top, middle, low = figure.subplots(3, sharex=True, height_ratios=(2, 4, 1))

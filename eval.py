@@ -28,10 +28,9 @@ from data import (SAMPLE_RATE, InputError, is_hub_id, load_audio, open_stream,
 from tinyaudio import DECODINGS, TinyAudio, fetch, find_device
 
 ESB = "hf-audio/esb-datasets-test-only-sorted"  # the test sets of the Open ASR Leaderboard
-BENCHMARKS = {name: f"{ESB}:{name}:test" for name in
-              ("ami", "earnings22", "gigaspeech", "spgispeech", "tedlium", "voxpopuli")}
-BENCHMARKS |= {"commonvoice": f"{ESB}:common_voice:test",
-               "librispeech": f"{ESB}:librispeech:test.clean",
+NAMES = "ami common_voice earnings22 gigaspeech spgispeech tedlium voxpopuli".split()
+BENCHMARKS = {name.replace("_", ""): f"{ESB}:{name}:test" for name in NAMES}
+BENCHMARKS |= {"librispeech": f"{ESB}:librispeech:test.clean",
                "loquacious": "speechbrain/LoquaciousSet:medium:test"}
 NORMALIZERS = {"english": EnglishTextNormalizer(), "none": str,
                "basic": BasicTextNormalizer(preserve_marks=True)}  # such as the vowels of Hindi

@@ -37,12 +37,11 @@ def segments(model, sources, decode=None, task=TRANSCRIBE, words=False, batch_se
             batch.append(part)
             seconds += part["end"] - part["start"]
         if batch and ("wave" not in part or seconds >= batch_seconds):
-            audio, counts = model.encode([waiting.pop("wave") for waiting in batch])
-            answers = model.decode(audio, counts, decode, task)
-            for done, answer, clip, count in zip(batch, answers, audio, counts.tolist()):
+            audio = model.encode([waiting.pop("wave") for waiting in batch])
+            for done, clip, answer in zip(batch, audio, model.decode(audio, decode, task)):
                 done["text"] = model.detokenize(answer)
                 if words:
-                    done["words"] = time_words(model, clip[:count], answer, done["start"])
+                    done["words"] = time_words(model, clip, answer, done["start"])
             yield from batch
             batch, seconds = [], 0
         if "error" in part:
@@ -114,7 +113,7 @@ def render(kind, name, parts):
 def trace(model, source, decode, task):
     """Print on stderr what each step makes of 30 s of sound: function, milliseconds, shape."""
     def shape(x):
-        return " x ".join(map(str, (x[0] if isinstance(x, tuple) else x).shape))
+        return " x ".join(map(str, (x[0] if isinstance(x, (list, tuple)) else x).shape))
     def step(function, *inputs, show=shape):
         start = time.perf_counter()
         found = function(*inputs)
@@ -124,17 +123,17 @@ def trace(model, source, decode, task):
         print(f"{function.__qualname__:24} {milliseconds:7.1f} ms  {show(found)}", file=sys.stderr)
         return found
     def spell(logits):  # a dot is a blank
-        return "".join(write(model.ctc.tokens[i - 1]) if i else "." for i in logits[0].argmax(-1))
+        return "".join(write(model.ctc.tokens[i - 1]) if i else "." for i in logits.argmax(-1))
     write = model.tokenizer.decode
     wave = step(load_audio, source)[:30 * SAMPLE_RATE]
     step(model.encoder.features, wave)
-    frames, lengths = step(model.encoder.forward, [wave])
-    step(model.projector.stack_frames, frames)
-    audio, counts = step(model.projector.forward, frames, lengths)
-    step(model.ctc.forward, audio, model.ctc_words, show=spell)
+    frames = step(model.encoder.forward, [wave])
+    step(model.projector.stack_frames, frames[0])
+    audio = step(model.projector.forward, frames)
+    step(model.ctc.forward, audio[0], model.ctc_words, show=spell)
     step(model.prompt, task, show=lambda found: f"{len(found[0])} + audio + {len(found[1])} tokens")
-    show_tokens = lambda ids: "|".join(map(write, ids[0]))
-    [ids] = step(model.decode, audio, counts, decode, task, show=show_tokens)
+    show = lambda ids: "|".join(map(write, ids[0]))
+    [ids] = step(model.decode, audio, decode, task, show=show)
     step(model.detokenize, ids, show=str)
 
 def main(argv=None):

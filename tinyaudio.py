@@ -118,7 +118,7 @@ def load_decoder(name, device=None, dtype=None):
 
 def length_mask(lengths, size, device):
     """lengths (B,) -> bool mask (B, size) on the device, true before each length."""
-    return (torch.arange(size) < lengths[:, None]).to(device)
+    return (torch.arange(size) < torch.tensor(lengths)[:, None]).to(device)
 
 class Encoder(nn.Module):
     """A frozen audio encoder. Each clip keeps its true length, without Whisper's 30 s of padding,
@@ -132,7 +132,7 @@ class Encoder(nn.Module):
         self.is_whisper = isinstance(model, WhisperEncoder)
 
     def forward(self, waves):
-        """B arrays (samples,) -> frames (B, T, D), zero past each length, and lengths (B,)."""
+        """B arrays (samples,) -> B tensors of frames (T, D)."""
         return self.encode([self.features(wave) for wave in waves])
 
     def features(self, wave):
@@ -144,38 +144,35 @@ class Encoder(nn.Module):
         return found.input_features[0].T if self.is_whisper else found.input_values[0]
 
     def encode(self, features):
-        """B tensors of `features` -> frames (B, T, D), and lengths (B,), which stay on the CPU:
-        they are known before the device is asked."""
+        """B tensors of `features` -> B tensors of frames (T, D)."""
         if getattr(self.model.config, "feat_extract_norm", "") == "group":  # it counts padding
-            frames, lengths = zip(*(self.wav2vec2([clip]) for clip in features))
-            return pad_sequence([clip[0] for clip in frames], True), torch.cat(lengths)
-        frames, lengths = (self.whisper if self.is_whisper else self.wav2vec2)(features)
-        return frames * length_mask(lengths, frames.shape[1], frames.device)[..., None], lengths
+            return [self.wav2vec2([clip])[0] for clip in features]
+        return (self.whisper if self.is_whisper else self.wav2vec2)(features)
 
     def whisper(self, mels):
         """`WhisperEncoder.forward` at any length up to 30 s (Radford et al. 2022)."""
-        model, device = self.model, self.model.device
-        mel_lengths = torch.tensor([len(mel) for mel in mels])
+        model, device, sizes = self.model, self.model.device, list(map(len, mels))
         mel = pad_sequence(mels, batch_first=True).to(device, model.dtype)
         x = F.gelu(model.conv1(mel.transpose(1, 2)))
         # conv2 looks one frame past the end, where a clip alone would have zeros.
-        x = x * length_mask(mel_lengths, x.shape[2], device)[:, None]
+        x = x * length_mask(sizes, x.shape[2], device)[:, None]
         x = F.gelu(model.conv2(x)).transpose(1, 2)
         x = x + model.embed_positions.weight[:x.shape[1]]
-        lengths = (mel_lengths + 1) // 2
+        lengths = [(size + 1) // 2 for size in sizes]
         mask = length_mask(lengths, x.shape[1], device)
         mask = create_bidirectional_mask(model.config, x, mask)
         for layer in model.layers:
             x = layer(x, mask)
-        return model.layer_norm(x), lengths
+        return [clip[:length] for clip, length in zip(model.layer_norm(x), lengths)]
 
     def wav2vec2(self, waves):
         """HuBERT, wav2vec 2.0 and WavLM take raw samples and their mask."""
-        sizes = torch.tensor([len(wave) for wave in waves])
+        sizes = list(map(len, waves))
         x = pad_sequence(waves, batch_first=True).to(self.model.device, self.model.dtype)
         mask = length_mask(sizes, x.shape[1], x.device).long()
-        lengths = self.model._get_feat_extract_output_lengths(sizes)
-        return self.model(x, attention_mask=mask).last_hidden_state, lengths
+        x = self.model(x, attention_mask=mask).last_hidden_state
+        lengths = self.model._get_feat_extract_output_lengths(torch.tensor(sizes)).tolist()
+        return [clip[:length] for clip, length in zip(x, lengths)]
 
 class Projector(nn.Module):
     """The trained bridge: stack k frames -> RMSNorm -> Linear -> GELU -> Linear -> RMSNorm. Without
@@ -194,18 +191,18 @@ class Projector(nn.Module):
         self.mask = self.dropout = 0.0  # shares of frames and of hidden units
 
     def stack_frames(self, frames):
-        """frames (B, T, D) -> (B, N, k D), N = ceil(T / k): no frame is lost."""
-        frames = F.pad(frames.float(), (0, 0, 0, -frames.shape[1] % self.stack))
-        return frames.reshape(len(frames), -1, self.stack * frames.shape[2])
+        """frames (T, D) -> (N, k D), N = ceil(T / k): no frame is lost."""
+        frames = F.pad(frames.float(), (0, 0, 0, -len(frames) % self.stack))
+        return frames.reshape(-1, self.stack * frames.shape[1])
 
-    def forward(self, frames, lengths):
-        """frames (B, T, D), lengths (B,) -> audio (B, N, d), counts (B,)."""
-        x = self.stack_frames(frames)
+    def forward(self, frames):
+        """B tensors of frames (T, D) -> B tensors of audio (N, d)."""
+        clips = [self.stack_frames(clip) for clip in frames]
         # Whole frames. dropout1d scales what it keeps; the RMSNorm behind it cancels that.
-        x = F.dropout1d(x, self.mask, self.training)
+        x = F.dropout1d(torch.cat(clips), self.mask, self.training)
         x = F.gelu(self.linear_in(self.norm_in(x)))
         x = self.linear_out(F.dropout(x, self.dropout, self.training))
-        return self.norm_out(x.float()), (lengths + self.stack - 1) // self.stack
+        return self.norm_out(x.float()).split(list(map(len, clips)))
 
 class CTCHead(nn.Module):
     """Spell with the decoder's own words: logits are temperature * dot products of a frame with the
@@ -349,42 +346,42 @@ class TinyAudio(nn.Module):
     def embed_ids(self, ids):
         return self.embed(torch.tensor(ids, dtype=torch.long, device=self.device))
 
-    def embed_prompt(self, audio, counts, task=TRANSCRIBE):
-        """audio (B, N, d), counts (B,) -> B tensors (before + count + after, d)."""
+    def embed_prompt(self, audio, task=TRANSCRIBE):
+        """B tensors of audio (N, d) -> B tensors (before + N + after, d)."""
         before, after = map(self.embed_ids, self.prompt(task))
-        return [torch.cat([before, clip[:count].to(before.dtype), after])
-                for clip, count in zip(audio, counts.tolist())]
+        return [torch.cat([before, clip.to(before.dtype), after]) for clip in audio]
 
-    def loss(self, frames, lengths, answers, ctc_weight=0.1, lm_weight=1.0):
-        """frames (B, T, D), lengths (B,), B lists of token ids -> summed loss, its parts (2,): CTC
-        and cross-entropy."""
-        audio, counts = self.projector(frames, lengths)
-        ctc = self.ctc_loss(audio, counts, answers) if ctc_weight else audio.new_zeros(())
-        lm = self.lm_loss(audio, counts, answers) if lm_weight else audio.new_zeros(())
+    def loss(self, frames, answers, ctc_weight=0.1, lm_weight=1.0):
+        """B tensors of frames (T, D), B lists of token ids -> summed loss, its parts (2,): CTC and
+        cross-entropy."""
+        audio = self.projector(frames)
+        zero = torch.zeros((), device=self.device)
+        ctc = self.ctc_loss(audio, answers) if ctc_weight else zero
+        lm = self.lm_loss(audio, answers) if lm_weight else zero
         return ctc_weight * ctc + lm_weight * lm, torch.stack([ctc, lm]).detach()
 
-    def ctc_loss(self, audio, counts, answers):
+    def ctc_loss(self, audio, answers):
         """CTC loss of the tokens that CTC knows. An answer that does not fit its frames adds zero.
         To save time and memory, the tokens that are in no answer are merged into one class: loss
         and gradient are the same."""
-        classes, words = self.ctc.classes, self.ctc_words
+        classes, words, x = self.ctc.classes, self.ctc_words, torch.cat(audio)
         answers = [[classes[token] for token in answer if token in classes] for answer in answers]
-        sizes = torch.tensor([len(answer) for answer in answers])
+        counts, sizes = list(map(len, audio)), list(map(len, answers))
         # said: the classes of the answers; targets: places in said
         said, targets = torch.tensor(sum(answers, []), dtype=torch.long).unique(return_inverse=True)
         # The softmax's denominator, over all tokens. On a CPU 128 frames at a time are fastest
         total = torch.cat([self.ctc(piece, words).logsumexp(-1, keepdim=True)
-                           for piece in audio.flatten(0, 1).split(128)])
-        log_probs = self.ctc(audio, words[said - 1]) - total.unflatten(0, audio.shape[:2])
+                           for piece in x.split(128)])
+        log_probs = self.ctc(x, words[said - 1]) - total
         # All others: the gradient of `F.ctc_loss` is right only where the classes sum to 1
         known = log_probs.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6)
-        log_probs = torch.cat([log_probs, torch.log1p(-known)], -1).transpose(0, 1)
-        return F.ctc_loss(log_probs, targets.to(self.device) + 1, counts, sizes, reduction="sum",
-                          zero_infinity=True)
+        log_probs = torch.cat([log_probs, torch.log1p(-known)], -1).split(counts)
+        return F.ctc_loss(pad_sequence(log_probs), targets.to(self.device) + 1, counts, sizes,
+                          reduction="sum", zero_infinity=True)
 
-    def lm_loss(self, audio, counts, answers):
+    def lm_loss(self, audio, answers):
         """Cross-entropy of the answers and their end tokens, given the audio."""
-        prompts = self.embed_prompt(audio, counts)
+        prompts = self.embed_prompt(audio)
         words = self.embed_ids(sum(answers, [])).split([len(answer) for answer in answers])
         # Padding on the right needs no mask: causal attention never looks there.
         x = pad_sequence([torch.cat(row) for row in zip(prompts, words)], batch_first=True)
@@ -396,12 +393,12 @@ class TinyAudio(nn.Module):
         labels = [token for answer in answers for token in [*answer, self.end]]
         return F.cross_entropy(logits, torch.tensor(labels, device=self.device), reduction="sum")
 
-    # Decoding. From here on: audio (B, N, d), counts (B,), answers as B lists of token ids.
+    # Decoding. From here on: audio as B tensors (N, d), answers as B lists of token ids.
 
     @torch.no_grad()
     def encode(self, waves):
-        """B arrays (samples,) -> audio, counts."""
-        return self.projector(*self.encoder(waves))
+        """B arrays (samples,) -> audio."""
+        return self.projector(self.encoder(waves))
 
     def set_ctc_tokens(self, tokens):
         """CTC may use these token ids too, and single characters."""
@@ -411,25 +408,26 @@ class TinyAudio(nn.Module):
         self.ctc.tokens = torch.tensor(sorted(tokens), dtype=torch.int32, device=self.device)
         self.ctc.classes = {token: i for i, token in enumerate(sorted(tokens), 1)}
 
-    def ctc_greedy(self, audio, counts):
+    def ctc_greedy(self, audio):
         """The best class of each frame, without repeats and blanks."""
-        paths, tokens = self.ctc(audio, self.ctc_words).argmax(-1), list(self.ctc.classes)
-        return [[tokens[best - 1] for best, _ in itertools.groupby(path[:count]) if best]
-                for path, count in zip(paths.tolist(), counts.tolist())]
+        best = self.ctc(torch.cat(audio), self.ctc_words).argmax(-1).cpu()
+        tokens = list(self.ctc.classes)
+        return [[tokens[i - 1] for i, _ in itertools.groupby(path.tolist()) if i]
+                for path in best.split(list(map(len, audio)))]
 
     def left_pad(self, prompts):
         """B tensors (length, d) -> (B, longest, d) and its mask (B, longest), 0 at padding."""
         masks = [torch.ones(len(x), dtype=torch.long, device=self.device) for x in prompts]
         return [pad_sequence(rows, True, padding_side="left") for rows in (prompts, masks)]
 
-    def token_limits(self, counts, task=TRANSCRIBE):
+    def token_limits(self, audio, task=TRANSCRIBE):
         """The most tokens of each answer: one a frame and 10 more, or 200 for other tasks."""
-        return [n + 10 if task == TRANSCRIBE else 200 for n in counts.tolist()]
+        return [len(clip) + 10 if task == TRANSCRIBE else 200 for clip in audio]
 
-    def generate(self, audio, counts, task=TRANSCRIBE, streamer=None):
+    def generate(self, audio, task=TRANSCRIBE, streamer=None):
         """Greedy decoding by the language model, with a streamer of transformers."""
-        x, mask = self.left_pad(self.embed_prompt(audio, counts, task))
-        limits = self.token_limits(counts, task)
+        x, mask = self.left_pad(self.embed_prompt(audio, task))
+        limits = self.token_limits(audio, task)
         found = self.decoder.generate(
             inputs_embeds=x, attention_mask=mask, max_new_tokens=max(limits), do_sample=False,
             eos_token_id=self.end, pad_token_id=self.end, streamer=streamer)
@@ -437,14 +435,14 @@ class TinyAudio(nn.Module):
         return [ids[:ids.index(self.end)] if self.end in ids else ids for ids in answers]
 
     @torch.no_grad()
-    def joint(self, audio, counts, weight=0.4, beams=4, choices=16):
+    def joint(self, audio, weight=0.4, beams=4, choices=16):
         """Beam search for the best (1 - weight) log p_LM + weight log p_CTC: the language model
         knows sentences, CTC holds it to the sound (Watanabe et al. 2017). Only `choices` next
         tokens of each text are tried: the best by the language model and CTC's loudest frame."""
-        logits = self.ctc(audio, self.ctc_words)
-        padding = ~length_mask(counts, logits.shape[1], logits.device)
-        logits[padding, 1:] = -np.inf  # certainly blank
-        log_probs = logits.log_softmax(-1)
+        log_probs = self.ctc(torch.cat(audio), self.ctc_words).log_softmax(-1)
+        log_probs = pad_sequence(log_probs.split(list(map(len, audio))), True, -np.inf)
+        blank = log_probs[..., 0]
+        blank[blank == -np.inf] = 0  # behind its end a clip is certainly blank
         loudest, log_probs = log_probs[..., 1:].amax(1), log_probs.cpu().numpy()
         spoken = list(self.ctc.classes)
         # R unfinished texts, at first an empty one of each clip; last is the class they end in
@@ -452,7 +450,7 @@ class TinyAudio(nn.Module):
         blanks, last = log_probs[:, :, 0].cumsum(1, dtype=np.float64), np.zeros_like(clips)
         ends = np.stack([np.full_like(blanks, -np.inf), blanks], axis=2)
         answers, best = [[]] * len(audio), np.full(len(audio), -np.inf)  # the best that ended
-        (x, mask), cache = self.left_pad(self.embed_prompt(audio, counts)), None
+        (x, mask), cache = self.left_pad(self.embed_prompt(audio)), None
         while texts:
             positions = (mask.cumsum(1) - 1).clamp(0)[:, -x.shape[1]:]
             out = self.decoder(inputs_embeds=x, attention_mask=mask, position_ids=positions,
@@ -484,7 +482,7 @@ class TinyAudio(nn.Module):
             cache.batch_select_indices(torch.from_numpy(rows).to(self.device))
         return answers
 
-    def decode(self, audio, counts, decode=None, task=TRANSCRIBE):
+    def decode(self, audio, decode=None, task=TRANSCRIBE):
         """Answers by one of DECODINGS (default: the best in training), of other tasks by greedy.
         Where CTC hears nothing: empty. One that reaches its length limit is replaced by CTC's."""
         decode = decode or self.config["decode"]
@@ -493,15 +491,15 @@ class TinyAudio(nn.Module):
         if not len(self.ctc.tokens):
             raise InputError("this model is untrained: load one with TinyAudio.from_pretrained")
         if task != TRANSCRIBE:
-            return self.generate(audio, counts, task)
-        answers = self.ctc_greedy(audio, counts)
-        speech = [clip for clip, answer in enumerate(answers) if answer]
+            return self.generate(audio, task)
+        answers = self.ctc_greedy(audio)
+        speech = [i for i, answer in enumerate(answers) if answer]
         if decode != "ctc" and speech:
             search = self.joint if decode == "joint" else self.generate
-            limits = self.token_limits(counts[speech])
-            for clip, answer, limit in zip(speech, search(audio[speech], counts[speech]), limits):
+            heard = [audio[i] for i in speech]
+            for i, answer, limit in zip(speech, search(heard), self.token_limits(heard)):
                 if len(answer) < limit:
-                    answers[clip] = answer
+                    answers[i] = answer
         return answers
 
     def transcribe(self, source, decode=None, task=TRANSCRIBE, sample_rate=SAMPLE_RATE):
@@ -511,7 +509,7 @@ class TinyAudio(nn.Module):
                   for i, clip in enumerate(clips)
                   for _, wave in split_audio(read_audio(clip, sample_rate))]
         for batch in make_batches(pieces, 120):
-            answers = self.decode(*self.encode([piece["wave"] for piece in batch]), decode, task)
+            answers = self.decode(self.encode([piece["wave"] for piece in batch]), decode, task)
             for piece, answer in zip(batch, answers):
                 piece["text"] = self.detokenize(answer)
         texts = [" ".join(piece["text"] for piece in pieces if piece["clip"] == i and piece["text"])

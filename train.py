@@ -148,7 +148,7 @@ def usable(clips, model, left_out):
     return good
 
 def encode_batch(model, clips, share=0, seed=0):
-    """Frames (B, T, D) and lengths (B,) of clips. A share of them has another speed, or noise."""
+    """Frames (T, D) of each clip. A share of the clips has another speed, or noise."""
     def to_features(clip, rng):
         wave = augment(load_audio(clip["audio"]), rng, share, MAX_SECONDS)
         return model.encoder.features(wave)
@@ -163,24 +163,18 @@ def encode_once(folder, model, clips, batch_seconds):
         clip["frames"] = folder / clip["sound"]
     left = [x for x in clips if not x["frames"].exists() or not x["frames"].stat().st_size]
     for batch in tqdm(make_batches(left, batch_seconds), "encoding, once", disable=None):
-        frames, lengths = encode_batch(model, batch)
-        frames = frames.to("cpu", torch.bfloat16).view(torch.int16).numpy()  # NumPy has no bfloat16
-        for clip, x, length in zip(batch, frames, lengths):
-            write_file(clip["frames"], x[:length].tobytes())
+        for clip, frames in zip(batch, encode_batch(model, batch)):
+            frames = frames.to("cpu", torch.bfloat16).view(torch.int16)  # NumPy has no bfloat16
+            write_file(clip["frames"], frames.numpy().tobytes())
     for clip in clips:  # a data file's sound would stay in main memory
         del clip["audio"]
 
 def load_batch(model, clips, share=0, seed=0):
-    """Frames (B, T, D), lengths (B,) of clips: read from their files `frames`, or encoded."""
+    """Frames (T, D) of each clip: read from its file `frames`, or encoded."""
     if "frames" not in clips[0]:
         return encode_batch(model, clips, share, seed)
-    frames = [np.fromfile(x["frames"], np.int16).reshape(-1, model.encoder.dim) for x in clips]
-    # By NumPy: PyTorch in a second thread slows the first one, as OpenMP then sleeps often
-    padded = np.zeros((len(frames), max(map(len, frames)), model.encoder.dim), np.int16)
-    for row, x in zip(padded, frames):
-        row[:len(x)] = x
-    padded = torch.from_numpy(padded).view(torch.bfloat16).to(model.device)
-    return padded, torch.tensor([len(x) for x in frames])
+    read = [torch.from_numpy(np.fromfile(clip["frames"], np.int16)) for clip in clips]
+    return [x.view(torch.bfloat16).view(-1, model.encoder.dim).to(model.device) for x in read]
 
 def stream_windows(rows, args, model, val, place):
     """Endless windows of a stream: its number, the position before it, its usable clips."""
@@ -218,7 +212,7 @@ def make_steps(windows, model, args, place, rank):
         for first in range(start, len(batches), args.accumulate):
             done = first + args.accumulate
             seeds = [[args.seed, number, rank, i] for i in range(first, done)]
-            loaded = [(*load_batch(model, batch, args.augment, seed), batch)
+            loaded = [(load_batch(model, batch, args.augment, seed), batch)
                       for batch, seed in zip(batches[first:done], seeds)]
             yield {"number": number, "position": position, "done": done}, loaded
         start = 0
@@ -270,15 +264,13 @@ def load_data(args, model, rank, world):
         rows = split_dataset_by_node(rows, rank, world, strategy=by)
         return rows.shuffle(args.seed, buffer_size=1).repeat(None), val  # of files, not of clips
     clips = [clip for clip in clips if os.path.realpath(clip["name"]) not in held_out]
-    if not clips:
-        raise InputError(f"{args.dataset} has no clip beside those to validate on")
     model.set_ctc_tokens(token for clip in clips for token in model.tokenize_answer(clip["text"]))
     clips = usable(clips[rank::world], model, left_out)
     print(f"{args.dataset}: {sum(clip['seconds'] for clip in clips) / 3600:.2f} h in {len(clips)} "
           f"clips{' for each process' if world > 1 else ''}, and {len(val)} to validate on; left "
           f"out: {dict(left_out) or 'nothing'}")
     if not clips:
-        raise InputError(f"no usable clip in {args.dataset}")
+        raise InputError(f"{args.dataset} has no usable clip beside those to validate on")
     return clips, val
 
 def build_model(args):
@@ -347,13 +339,12 @@ def validate(model, clips, phase, batch_seconds):
     losses, references, texts = 0, [], {decode: [] for decode in decodings}
     model.eval()
     for batch in make_batches(clips, min(120, batch_seconds)):
-        frames, lengths = load_batch(model, batch)
-        answers = [clip["answer"] for clip in batch]
-        losses += model.loss(frames, lengths, answers, 1, phase == 2)[1]
-        audio, counts = model.projector(frames, lengths)
+        frames, answers = load_batch(model, batch), [clip["answer"] for clip in batch]
+        losses += model.loss(frames, answers, 1, phase == 2)[1]
+        audio = model.projector(frames)
         references += [clip["text"] for clip in batch]
         for decode in decodings:
-            texts[decode] += map(model.detokenize, model.decode(audio, counts, decode))
+            texts[decode] += map(model.detokenize, model.decode(audio, decode))
     model.train()
     losses = losses / sum(len(clip["answer"]) + 1 for clip in clips)
     wers = {decode: corpus_wer(references, texts[decode]) for decode in decodings}
@@ -508,25 +499,23 @@ def main(argv=None):
 
         # Batches of this step, made while the last step ran
         place, batches = next(steps)
-        clips = [clip for _, _, batch in batches for clip in batch]
+        clips = [clip for _, batch in batches for clip in batch]
 
         # Forward and backward. Losses are sums over tokens; the gradient is divided at the end
         torch.manual_seed(args.seed + step * world + rank)  # --resume drops out the same units
         tokens = sum(len(clip["answer"]) + 1 for clip in clips)
-        seconds, flops = sum(clip["seconds"] for clip in clips), 0
+        seconds, flops = sum(x["seconds"] for x in clips), model_flops(model, clips, *weights)
         losses = torch.zeros(2, device=model.device)  # CTC, cross-entropy
-        for frames, lengths, batch in batches:
+        for frames, batch in batches:
             answers = [clip["answer"] for clip in batch]
             with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-                loss, parts = model.loss(frames, lengths, answers, *weights)
+                loss, parts = model.loss(frames, answers, *weights)
             loss.backward()
             losses += parts
-            flops += model_flops(model, batch, *weights)
         stopped = len(stop)
         with_grad = [p for p in learned if p.grad is not None]  # phase 1 leaves the LoRA out
         if world > 1:
-            sums = torch.tensor([tokens, seconds, flops, stopped], dtype=torch.float64)
-            sums = sums.to(model.device)
+            sums = torch.tensor([tokens, seconds, flops, stopped], device=model.device)
             for x in (sums, losses, *(p.grad for p in with_grad)):
                 dist.all_reduce(x)
             tokens, seconds, flops, stopped = sums.tolist()

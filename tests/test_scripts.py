@@ -90,7 +90,7 @@ def test_trace_follows_a_clip_to_its_text(say, tmp_path):
     status, lines, rows = say(path, "--trace")
     names, shapes = zip(*(re.split(r" +\d+\.\d ms  ", row) for row in rows))
     assert not status and not lines and names[1] == "Encoder.features" and len(names) == 9
-    assert shapes[:5] == ("32000", "200 x 80", "1 x 100 x 32", "1 x 20 x 160", "1 x 20 x 32")
+    assert shapes[:5] == ("32000", "200 x 80", "100 x 32", "20 x 160", "20 x 32")
     text = say(path)[1][0]
     assert shapes[8] == text and shapes[7].replace("|", "").split() == text.split()
     assert shapes[6].endswith(" tokens")
@@ -290,13 +290,9 @@ def test_whisper_by_itself_and_broken_clips(
     assert "broken.wav" in failed["failed"] and failed["deletions"] == failed["words"] > 0
     assert sum(row["time"] > 0 for row in rows) == 24
 
-def test_the_loss_is_a_sum_over_clips_and_so_are_the_flops(toys):
-    model = TinyAudio(toys["whisper"], toys["llama"], device="cpu", dtype=torch.float32)
-    clips = [{"answer": model.tokenize_answer(text), "seconds": 1 + i,
-              "frames": model.encoder([tone(1 + i, i)])[0][0]} for i, text in enumerate(SENTENCES)]
-    loss = bench.train(model, clips, "phase 2")
-    halves = [bench.train(model, half, "phase 2") for half in (clips[:1], clips[1:])]
-    assert sum(halves) == pytest.approx(loss, rel=1e-4)
+def test_flops_grow_with_the_clips(toys):
+    model = TinyAudio(toys["whisper"], toys["llama"], device="cpu")
+    clips = [{"answer": [1] * i, "seconds": 1 + i} for i in range(4)]
     flops = [train.model_flops(model, clips[:count], 0.1, 1) for count in range(1, 5)]
     assert 0 < flops[0] and flops == sorted(set(flops))
 
@@ -368,9 +364,9 @@ for command in sys.argv[1:]:
         assert line.startswith(command.split()[0] + ": ") and "missing" in line
 
 def test_the_project_stays_small():
-    limits = {"data.py": 356, "offline.py": 140, "tinyaudio.py": 587, "train.py": 595,
-              "sample.py": 194, "eval.py": 212, "demo.py": 130, "bench.py": 202,
-              "*.py": 2416, "tests/*.py": 1832, "README.md": 235}
+    limits = {"data.py": 355, "offline.py": 140, "tinyaudio.py": 585, "train.py": 584,
+              "sample.py": 193, "eval.py": 211, "demo.py": 130, "bench.py": 198,
+              "*.py": 2396, "tests/*.py": 1805, "README.md": 235}
     faults, sizes = [], {}
     for pattern, limit in limits.items():
         text = "".join(path.read_text("utf-8") for path in ROOT.glob(pattern))
@@ -381,4 +377,4 @@ def test_the_project_stays_small():
             faults += [f"{pattern}, two statements: {token.line}" for token in
                        tokenize.generate_tokens(io.StringIO(text).readline) if token.string == ";"]
     assert {path.name for path in ROOT.glob("*.py")} < limits.keys() and not faults, faults
-    assert sizes["*.py"] <= 132_400 and sizes["README.md"] <= 15_000, sizes
+    assert sizes["*.py"] <= 130_900 and sizes["README.md"] <= 15_000, sizes
