@@ -130,7 +130,7 @@ def read_file(file):
         if len(rest) > 1000 and rest.startswith((b"\xff", b"ID3")) and head != b"fLaC":  # an MP3
             files.append(io.BytesIO(rest))
     if head == b"OggS" and not streams[-1][streams[-1].rfind(b"OggS") + 5] & 4:  # marks the end
-        raise ValueError("its end is missing")
+        raise ValueError("its end is missing, or not marked: ffmpeg -i old.ogg new.ogg marks it")
     if len(rest) > 4096 and sound.format in ("MP3", "FLAC"):
         raise ValueError(f"{len(rest)} bytes follow that are not readable")
 
