@@ -110,7 +110,7 @@ def read_file(file):
         files, more = [io.BytesIO(stream) for stream in streams], 0
     while files:
         file = files.pop(0)
-        # What the header lacks libsndfile guesses by the size: a false size tells which it was.
+        # A length that the header lacks is guessed from the size: only then do false sizes matter.
         stated = soundfile.SoundFile(Longer(file, more // 2)).frames
         sound = soundfile.SoundFile(Longer(file, more))
         sound.seekable = lambda: False  # else soundfile seeks, which is inexact or fails
@@ -129,7 +129,7 @@ def read_file(file):
         rest = TAGS.sub(b"", file.read())
         if len(rest) > 1000 and rest.startswith((b"\xff", b"ID3")) and head != b"fLaC":  # an MP3
             files.append(io.BytesIO(rest))
-    if head == b"OggS" and not streams[-1][streams[-1].rfind(b"OggS") + 5] & 4:  # marks the end
+    if head == b"OggS" and not streams[-1][streams[-1].rfind(b"OggS") + 5] & 4:  # the last page's
         raise ValueError("its end is missing, or not marked: ffmpeg -i old.ogg new.ogg marks it")
     if len(rest) > 4096 and sound.format in ("MP3", "FLAC"):
         raise ValueError(f"{len(rest)} bytes follow that are not readable")
@@ -212,7 +212,7 @@ def read_text(file):
     try:
         return file.read_text("utf-8-sig")
     except UnicodeDecodeError:
-        raise InputError(f"{file} is not in UTF-8: save it in UTF-8") from None
+        raise InputError(f"{file} is not in UTF-8: save it so") from None
 
 def read_data(file):
     """Yields the clips of one data file or folder."""
@@ -264,7 +264,7 @@ def to_clip(row, name, folder=""):
         audio = name = str(beside if beside.exists() and not path.exists() else path)
     elif isinstance(audio, bytes):
         name = hashlib.md5(audio).hexdigest()
-    if row.get("offset") not in (None, ""):  # of NeMo; a duration alone is of all
+    if row.get("offset") not in (None, ""):  # of NeMo; else duration is the whole file's
         stretch = {key: float(row[key]) for key in ("offset", "duration") if row.get(key)}
         audio, name = {"path": audio, **stretch}, f"{name}@{row['offset']}+{row.get('duration')}"
     if isinstance(text, (list, dict, bytes)):

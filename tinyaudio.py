@@ -6,7 +6,7 @@
     print(TinyAudio.from_pretrained("assets/default").transcribe("file.wav"))
 
 The file follows the sound. Shapes: B clips, T encoder frames (50 per second), N stacked frames
-(10 per second), D encoder width, d decoder width, V CTC tokens.
+(10 per second), D encoder width, d decoder width, V CTC tokens. A batch is a list of tensors.
 """
 import itertools
 import json
