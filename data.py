@@ -110,7 +110,7 @@ def read_file(file):
         files, more = [io.BytesIO(stream) for stream in streams], 0
     while files:
         file = files.pop(0)
-        # A length that the header lacks is guessed from the size: only then do false sizes matter.
+        # A length that the header lacks is guessed from the size: false sizes show it.
         stated = soundfile.SoundFile(Longer(file, more // 2)).frames
         sound = soundfile.SoundFile(Longer(file, more))
         sound.seekable = lambda: False  # else soundfile seeks, which is inexact or fails
