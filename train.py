@@ -484,7 +484,7 @@ def main(argv=None):
                 wandb.log(row, step=row["step"])
 
     recent, since = [], time.perf_counter()  # steps since the last log line, and its time
-    stop, bad_steps = catch_signals(), 0
+    place, stop, bad_steps = places[rank], catch_signals(), 0
     total = args.ctc_steps + args.steps
     trained_ctc = args.ctc_steps or args.init_from  # an untrained one is of no use in phase 2
     for step in range(state["step"] + 1, total + 1):
@@ -498,7 +498,12 @@ def main(argv=None):
         optimizer.param_groups[0]["lr"] = lr
 
         # Batches of this step, made while the last step ran
-        place, batches = next(steps)
+        try:
+            place, batches = next(steps)
+        except InputError:  # the stream broke off
+            if world == 1:  # else the others wait for this process
+                save(args, model, optimizer, rows, step - 1, [place])
+            raise
         clips = [clip for _, batch in batches for clip in batch]
 
         # Forward and backward. Losses are sums over tokens; the gradient is divided at the end

@@ -364,9 +364,9 @@ for command in sys.argv[1:]:
         assert line.startswith(command.split()[0] + ": ") and "missing" in line
 
 def test_the_project_stays_small():
-    limits = {"data.py": 355, "offline.py": 140, "tinyaudio.py": 585, "train.py": 584,
+    limits = {"data.py": 355, "offline.py": 140, "tinyaudio.py": 585, "train.py": 589,
               "sample.py": 193, "eval.py": 211, "demo.py": 130, "bench.py": 198,
-              "*.py": 2396, "tests/*.py": 1805, "README.md": 235}
+              "*.py": 2401, "tests/*.py": 1820, "README.md": 235}
     faults, sizes = [], {}
     for pattern, limit in limits.items():
         text = "".join(path.read_text("utf-8") for path in ROOT.glob(pattern))
@@ -377,4 +377,4 @@ def test_the_project_stays_small():
             faults += [f"{pattern}, two statements: {token.line}" for token in
                        tokenize.generate_tokens(io.StringIO(text).readline) if token.string == ";"]
     assert {path.name for path in ROOT.glob("*.py")} < limits.keys() and not faults, faults
-    assert sizes["*.py"] <= 130_900 and sizes["README.md"] <= 15_000, sizes
+    assert sizes["*.py"] <= 131_150 and sizes["README.md"] <= 15_000, sizes

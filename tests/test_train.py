@@ -310,6 +310,21 @@ def test_a_stream_is_trained_on_and_resumed_where_it_was(stream, tmp_path, monke
     assert train.main(["--resume", "stopped"]) == 0 and not heard & held_out
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
+def test_a_stream_that_breaks_off_loses_no_step(stream, tmp_path, monkeypatch):
+    def break_off(rows, name):
+        if next(count) == 3:  # the clips to validate on, and two windows are read
+            raise InputError("the stream broke off")
+        return stream_clips(rows, name)
+    stream_clips, count = train.stream_clips, itertools.count()
+    flags = [*stream, "--eval-every", "99"]
+    train.main([*flags, "--out", "whole"])
+    monkeypatch.setattr(train, "stream_clips", break_off)
+    with pytest.raises(InputError, match="broke off"):
+        train.main([*flags, "--out", "broken"])
+    assert 1 < torch.load("broken/state.pt")["step"] == len(losses(tmp_path / "broken")) < 10
+    assert train.main(["--resume", "broken"]) == 0
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
 def test_a_stream_in_another_script_is_spelt_too(stream):
     args, _ = train.parse_args([*stream, "--dataset", "loquacious"])
     model = train.build_model(args)
