@@ -500,8 +500,8 @@ def main(argv=None):
         # Batches of this step, made while the last step ran
         try:
             place, batches = next(steps)
-        except InputError:  # the stream broke off
-            if world == 1:  # else the others wait for this process
+        except InputError:  # such as a broken stream
+            if world == 1:  # it does not know how far others are
                 save(args, model, optimizer, rows, step - 1, [place])
             raise
         clips = [clip for _, batch in batches for clip in batch]
