@@ -88,13 +88,13 @@ def test_batch_equals_one_by_one_and_silence_is_empty(model, decode):
     assert model.transcribe(quiet, decode) == [""] * 5
 
 def test_it_hears_commands(model):
-    assert corpus_wer(TEXTS[::3], model.transcribe(WAVES[::3])) < 0.45
+    assert corpus_wer(TEXTS[::3], model.transcribe(WAVES[::3])) < 0.15
 
 @pytest.mark.skipif(not SPEECH.exists(), reason="real speech is no part of the project")
 def test_it_hears_real_speech(model):
     clips = [(load_audio(clip["audio"]), clip["text"]) for clip in read_clips(str(SPEECH))[::5]]
     waves, texts = zip(*[clip for clip in clips if len(clip[0]) < 7 * SAMPLE_RATE][:20])
-    assert corpus_wer(texts, model.transcribe(list(waves))) < 0.5
+    assert corpus_wer(texts, model.transcribe(list(waves))) < 0.42
 
 def test_ten_minutes_are_heard_as_clip_by_clip_and_words_where_they_are_said(model):
     gap, chosen, parts, starts = np.zeros(SAMPLE_RATE, np.float32), [], [], []
@@ -110,10 +110,11 @@ def test_ten_minutes_are_heard_as_clip_by_clip_and_words_where_they_are_said(mod
     alone = model.transcribe(WAVES, "ctc")
     texts = [" ".join(text[clip] for clip in chosen) for text in (TEXTS, alone)]
     joined = corpus_wer(texts[:1], [" ".join(part["text"] for part in found)])
-    assert joined <= corpus_wer(texts[:1], texts[1:]) + 0.05  # measured: 0.037; a lost piece: 0.059
+    assert joined <= corpus_wer(texts[:1], texts[1:]) - 0.018  # 0.028; with a lost piece 0.010
     words = [word for part in found for word in part["words"]]
     late = [abs(word["start"] - start) for start, clip in zip(starts, chosen) for word in words
-            if word["word"] == TEXTS[clip].split()[0] and abs(word["start"] - start) < 1]
+            if word["word"].strip(",.?!").lower() == TEXTS[clip].split()[0].lower()
+            and abs(word["start"] - start) < 1]
     assert len(late) > 0.5 * len(chosen) and np.mean(np.array(late) <= 0.2) >= 0.9
 
 def test_the_shipped_checkpoint_is_small():
