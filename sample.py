@@ -122,8 +122,8 @@ def trace(model, source, decode, task):
         milliseconds = 1000 * (time.perf_counter() - start)
         print(f"{function.__qualname__:24} {milliseconds:7.1f} ms  {show(found)}", file=sys.stderr)
         return found
-    def spell(logits):  # a dot is a blank
-        return "".join(write(model.ctc.tokens[i - 1]) if i else "." for i in logits.argmax(-1))
+    def spell(logits):  # _ is a blank
+        return "".join(write(model.ctc.tokens[i - 1]) if i else "_" for i in logits.argmax(-1))
     write = model.tokenizer.decode
     wave = step(load_audio, source)[:30 * SAMPLE_RATE]
     step(model.encoder.features, wave)

@@ -501,7 +501,7 @@ def main(argv=None):
         try:
             place, batches = next(steps)
         except InputError:  # such as a broken stream
-            if world == 1:  # it does not know how far others are
+            if world == 1:  # the places of others are not known here
                 save(args, model, optimizer, rows, step - 1, [place])
             raise
         clips = [clip for _, batch in batches for clip in batch]
